@@ -1,0 +1,1 @@
+"""The engines and what comes out of them: filters, smoothers, posteriors, metrics."""

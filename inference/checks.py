@@ -1,0 +1,48 @@
+"""Checks of a task's data before anything is learnt from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ssm_nn.extract import StateSpace
+from ssm_nn.inference.batches import with_mask
+from ssm_nn.tasks import Task
+
+__all__ = ["check_support", "check_task"]
+
+Array = Any
+
+
+def check_task(task: Task) -> None:
+    """Raise ValueError if a counted example holds a number that is not finite."""
+    for name, array in task.data.items():
+        if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            continue
+        values = np.asarray(array)
+        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        bad = ~finite if task.mask is None else ~finite & np.asarray(task.mask)
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"{name!r} of the task is not finite in {int(bad.sum())} examples, the first at index {first}")
+
+
+def check_support(space: StateSpace, task: Task) -> dict[str, Array]:
+    """By site: whether all counted values lie in the likelihood's support. Fit for ``jit``; costs no forward pass where
+    the support does not depend on the network's outputs."""
+    sites = space.observe(space.initial, with_mask(task))
+    verdicts = {}
+    for name, site in sites.items():
+        if site.value is None:
+            raise ValueError(
+                f"the site {name!r} inside the task body is not observed: only sites with obs=... may stand there "
+                "(latent ones go outside the loop over tasks), and the task must hold what they observe"
+            )
+        inside = site.distribution.support(site.value)
+        weight = jnp.broadcast_to(site.weight, jnp.shape(inside))
+        verdicts[name] = jnp.all(inside | (weight == 0))
+    if not verdicts:
+        raise ValueError("the program observes nothing: the task body has no site with obs=...")
+    return verdicts

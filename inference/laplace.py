@@ -1,0 +1,267 @@
+"""Laplace-Gaussian filter: a Gaussian belief over the weights, carried from task to task (LR-LGF).
+
+    predict    m' = a m + b,  Lambda' = (A Lambda^-1 A + Q)^-1
+    update     m = argmin -power log p(D_t | theta) + 1/2 |theta - m'|^2_Lambda',   Lambda = Lambda' + G_t, cut to size
+
+with G_t the generalised Gauss-Newton matrix of the whole task at m. Exact for programs that are linear in their weights
+with Gaussian likelihoods and a structure that holds the precision. Source: Sliwa, Schneider, Bosch, Kristiadi, Hennig,
+arXiv 2410.06800.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssm_nn.extract import Layout, Program, StateSpace, describe, extract
+from ssm_nn.inference.batches import with_mask
+from ssm_nn.inference.checks import check_support, check_task
+from ssm_nn.inference.curvature import Curvature, ExactCurvature
+from ssm_nn.inference.gauss_newton import GaussNewton
+from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapEstimator, MapProblem, all_finite, norm
+from ssm_nn.inference.posterior import Belief, Filtered, FilterState, Info
+from ssm_nn.inference.smoothing import Smoothed, smooth
+from ssm_nn.inference.structures import LowRank, Structure
+from ssm_nn.moments import Moments
+from ssm_nn.precision import permuted, step_mean_vector
+from ssm_nn.tasks import Task, Tasks, as_task
+
+__all__ = ["FilterWarning", "LaplaceFilter"]
+
+Array = Any
+Progress = Callable[[int, FilterState, Info], None]
+
+
+class FilterWarning(UserWarning):
+    """An update that did not go as it should: what happened, at which task, and what to try."""
+
+
+class LaplaceFilter:
+    """Filter and smoother of a task-sequence program.
+
+    Args:
+        program: a NumPyro program with ``ssm_nn.weights`` and a loop over tasks.
+        structure: what is kept of the precision: ``LowRank(rank)``, ``Diagonal()`` or ``Dense()``.
+        hypers: the value of every latent site of the program outside its weights.
+        estimator: finds the MAP weights of a task: ``GaussNewton()`` (default) or ``Minibatch(optax...)``.
+        curvature: gathers a task's information: ``ExactCurvature()`` (default) or ``SketchedCurvature(...)``.
+        power: how often the likelihood counts, > 0; 1 is Bayes' rule, 1 / power is the temperature of a cold posterior.
+            With another power the evidence is that of the tempered likelihood.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        structure: Structure | None = None,
+        *,
+        hypers: Mapping[str, Any] | None = None,
+        estimator: MapEstimator | None = None,
+        curvature: Curvature | None = None,
+        power: float = 1.0,
+    ):
+        if not callable(program):
+            raise ValueError(f"program is {program!r}; a NumPyro program, a function of the tasks, is accepted")
+        if not power > 0:
+            raise ValueError(f"power is {power}; a number > 0 is accepted")
+        self.program = program
+        self.structure = LowRank(20) if structure is None else structure
+        self.hypers = {name: jnp.asarray(value) for name, value in (hypers or {}).items()}
+        self.estimator = GaussNewton() if estimator is None else estimator
+        self.curvature = ExactCurvature() if curvature is None else curvature
+        self.power = float(power)
+        self._estimate = self.estimator.bind(program)
+        self._first = jax.jit(self._first_belief)
+        self._advance = jax.jit(self._predict)
+        self._condition = jax.jit(self._laplace)
+        self._supported = jax.jit(lambda hypers, task: check_support(extract(program, task, hypers), task))
+
+    def with_hypers(self, hypers: Mapping[str, Any]) -> LaplaceFilter:
+        """The same engine at other hyper-parameters; nothing is compiled again."""
+        other = copy(self)
+        other.hypers = {name: jnp.asarray(value) for name, value in hypers.items()}
+        return other
+
+    def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> FilterState:
+        """The belief before any task: the prior. Nothing is learnt from ``task``; it gives shapes and is checked.
+
+        Args:
+            key: a ``jax.random.key``, or a whole number taken as its seed.
+            task: the first task.
+        """
+        key = jax.random.key(key) if isinstance(key, int) else key
+        task = as_task(task)
+        check_task(task)
+        extract(self.program, task, self.hypers)  # raises on values that an abstract trace would not see
+        mean, precision = self._first(self.hypers, _as_arrays(task))
+        return FilterState(jnp.zeros((), jnp.int32), key, mean, precision)
+
+    def update(self, state: FilterState, task: Task | Mapping[str, Any] | None) -> tuple[FilterState, Info]:
+        """One task: predict, find the MAP weights, add the task's information, cut to size.
+
+        A task without data (None, or a Task with a context only) is a prediction. If the MAP or the curvature is not
+        finite the information of the task is left out, Info says so, and a FilterWarning is raised once.
+
+        Raises:
+            ValueError: for data that are not finite, or outside the likelihood's support.
+        """
+        began = time.perf_counter()
+        task = _as_arrays(as_task(task))
+        check_task(task)
+        next_key, map_key, curvature_key = jax.random.split(state.key, 3)
+        moments, predicted, start = self._advance(self.hypers, state, task, map_key)
+        step = state.step + 1
+        if not task.data:
+            info = Info.without_data(moments, self._no_information(predicted), time.perf_counter() - began)
+            return FilterState(step, next_key, *predicted), info
+        self._check_values(task)
+        problem = MapProblem(*predicted, with_mask(task), self.hypers, jnp.asarray(self.power, predicted.mean.dtype))
+        found = self._estimate(problem, start, map_key)
+        status = found.status
+        if status != NOT_FINITE:
+            belief, site, numbers = self._condition(problem, found.shift, curvature_key)
+            if bool(numbers["finite"]):
+                info = Info(
+                    moments=moments,
+                    site=site,
+                    log_evidence=float(numbers["log_evidence"]),
+                    log_likelihood=float(numbers["log_likelihood"]),
+                    gradient_norm=float(numbers["gradient_norm"]),
+                    dropped_share=float(numbers["dropped_share"]),
+                    steps=found.steps,
+                    status=status,
+                    seconds=time.perf_counter() - began,
+                )
+                self._warn(int(step) - 1, info)
+                return FilterState(step, next_key, *belief), info
+        info = Info.without_data(moments, self._no_information(predicted), time.perf_counter() - began)
+        info = info._replace(status=NOT_FINITE, steps=found.steps, log_evidence=float("nan"))
+        self._warn(int(step) - 1, info)
+        return FilterState(step, next_key, *predicted), info
+
+    def run(
+        self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], progress: Progress | None = None
+    ) -> Filtered:
+        """All tasks one after another; equal to ``init`` and the ``update``s.
+
+        Args:
+            key: as for ``init``.
+            tasks: a stack, a list or any iterator of tasks.
+            progress: called after each task with its index, the state and the Info.
+        """
+        stream = (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else iter(tasks)
+        state, states, infos, layout, template = None, [], [], None, None
+        for t, raw in enumerate(stream):
+            task = as_task(raw)
+            if state is None:
+                state, layout = self.init(key, task), describe(self.program, task, self.hypers)
+            if template is not None and task.data:
+                _check_like(t, task, template)
+            template = task if task.data else template
+            state, info = self.update(state, task)
+            states.append(state)
+            infos.append(info)
+            if progress is not None:
+                progress(t, state, info)
+        if layout is None:
+            raise ValueError("tasks is empty; at least one task is needed")
+        return self.filtered(states, infos, layout)
+
+    def filtered(self, states: list[FilterState], infos: list[Info], layout: Layout | None = None) -> Filtered:
+        """What ``run`` returns, from states and Infos gathered by hand with ``update``."""
+        if len(states) != len(infos) or not states:
+            raise ValueError(f"states has {len(states)} entries and infos {len(infos)}; one of each a task is accepted")
+        layout = describe(self.program, Task(), self.hypers) if layout is None else layout
+        return Filtered(
+            self.program,
+            layout,
+            self.hypers,
+            self.structure,
+            tuple(Belief(state.mean, state.precision) for state in states),
+            tuple(infos),
+        )
+
+    def smooth(self, filtered: Filtered) -> Smoothed:
+        """Rauch-Tung-Striebel means and covariances of every task given all tasks; needs no data."""
+        return smooth(filtered)
+
+    # the four compiled pieces
+
+    def _space(self, hypers: Any, task: Task) -> StateSpace:
+        return extract(self.program, task, hypers)
+
+    def _first_belief(self, hypers: Any, task: Task) -> Belief:
+        space = self._space(hypers, task)
+        return Belief(space.prior_mean, self.structure.prior(space.prior_variance))
+
+    def _predict(self, hypers: Any, state: FilterState, task: Task, key: Array) -> tuple[Moments, Belief, Array]:
+        """Moments of the step, the predicted belief (the prior for the first task), and where the MAP search starts."""
+        space = self._space(hypers, task)
+        moments = space.moments
+
+        def moved():
+            precision = permuted(state.precision, moments).predict(moments)
+            return Belief(step_mean_vector(moments, state.mean), precision)
+
+        predicted = jax.lax.cond(state.step == 0, lambda: Belief(state.mean, state.precision), moved)
+        # the first search starts at the network's own weights: a zero mean is a saddle of a network's posterior
+        drawn = predicted.mean + predicted.precision.sample(key)
+        initial = jnp.where(jnp.any(space.initial != 0), space.initial, drawn)
+        start = jnp.where(state.step == 0, initial - predicted.mean, 0.0)
+        return moments, predicted, start
+
+    def _laplace(self, problem: MapProblem, shift: Array, key: Array) -> tuple[Belief, Any, dict[str, Array]]:
+        space = self._space(problem.hypers, problem.task)
+        theta = problem.mean + shift
+        information = self.curvature.gather(
+            space, self.structure, theta, problem.task, problem.precision, problem.power, key
+        )
+        log_likelihood, slope = self.curvature.log_likelihood_and_gradient(space, theta, problem.task)
+        log_likelihood, slope = problem.power * log_likelihood, problem.power * slope
+        cut = self.structure.cut(problem.precision.add(information.site))
+        log_evidence = log_likelihood - 0.5 * problem.precision.quadratic(shift) - 0.5 * information.logdet_gain
+        belief = Belief(theta, cut.precision)
+        return (
+            belief,
+            information.site,
+            {
+                "log_evidence": log_evidence,
+                "log_likelihood": log_likelihood,
+                "gradient_norm": norm(problem.precision.matvec(shift) - slope),
+                "dropped_share": jnp.maximum(information.dropped_share, cut.dropped_share),
+                "finite": all_finite((belief, log_evidence)),
+            },
+        )
+
+    def _no_information(self, predicted: Belief) -> Any:
+        return self.structure.no_information(predicted.mean.shape[0], predicted.mean.dtype)
+
+    def _check_values(self, task: Task) -> None:
+        for name, ok in self._supported(self.hypers, task).items():
+            if not bool(ok):
+                raise ValueError(
+                    f"the values observed at {name!r} lie outside the support of its likelihood "
+                    "(for class labels: whole numbers from 0 to the number of outputs minus 1)"
+                )
+
+    def _warn(self, t: int, info: Info) -> None:
+        if info.status in (NOT_CONVERGED, NOT_FINITE):
+            warnings.warn(f"task {t}: {info.message}", FilterWarning, stacklevel=3)
+
+
+def _as_arrays(task: Task) -> Task:
+    return jax.tree.map(jnp.asarray, task)
+
+
+def _check_like(t: int, task: Task, template: Task) -> None:
+    for name in template:
+        here, there = jnp.shape(task.data.get(name, ())), jnp.shape(template[name])
+        if here[1:] != there[1:] or name not in task:
+            raise ValueError(f"task {t}: {name!r} holds examples of shape {here[1:]}, in earlier tasks {there[1:]}")
+
+

@@ -1,0 +1,148 @@
+"""How much of the precision a filter keeps: ``LowRank(20)``, ``Diagonal()``, ``Dense()``.
+
+A structure makes the first belief from the prior, gathers the information of a task column by column, and cuts a belief
+back to its size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+
+from ssm_nn.precision_dense import DensePrecision
+from ssm_nn.precision_diagonal import DiagonalPrecision
+from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
+
+__all__ = ["Cut", "Dense", "Diagonal", "LowRank", "Structure"]
+
+Array = Any
+
+
+class Cut(NamedTuple):
+    """A precision cut to the structure's size, and the share of the whitened trace that left its factor."""
+
+    precision: Any
+    dropped_share: Array
+
+
+class Structure(Protocol):
+    """What a filter asks of a structure; all methods are pure and fit for ``jit``."""
+
+    def prior(self, variance: Array) -> Any:
+        """Precision of independent weights with the given variances (P,)."""
+        ...
+
+    def no_information(self, size: int, dtype: Any) -> Any:
+        """The information of a task without data."""
+        ...
+
+    def gather(self, site: Any, columns: Array, metric: Array) -> Cut:
+        """``site + V V^T`` for columns V (P, K), cut to size; ``metric`` (P,) whitens."""
+        ...
+
+    def cut(self, precision: Any) -> Cut:
+        """A precision after ``add``, cut to size."""
+        ...
+
+    def cut_message(self, message: Any, precision: Any) -> Any:
+        """A backward message cut to size in the metric of the belief it will be added to."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Diagonal plus ``rank`` columns, O(P rank) memory; at full rank exact.
+
+    Args:
+        rank: R >= 0.
+        keep_diagonal: add the diagonal of what is cut off to the diagonal, so that diag(Lambda) stays exact
+            (default); otherwise drop it, so that no covariance is under-estimated.
+    """
+
+    rank: int
+    keep_diagonal: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank is {self.rank!r}; a whole number >= 0 is accepted")
+
+    def prior(self, variance: Array) -> DiagonalPlusLowRank:
+        """``diag(1 / variance)``."""
+        return DiagonalPlusLowRank(1 / variance, jnp.zeros((variance.shape[0], self.rank), variance.dtype))
+
+    def no_information(self, size: int, dtype: Any) -> DiagonalPlusLowRank:
+        """Zeros."""
+        return DiagonalPlusLowRank(jnp.zeros(size, dtype), jnp.zeros((size, self.rank), dtype))
+
+    def gather(self, site: DiagonalPlusLowRank, columns: Array, metric: Array) -> Cut:
+        """Cut ``[V_site V]`` in the whitened metric."""
+        return self._cut(DiagonalPlusLowRank(site.diagonal, jnp.concatenate([site.factor, columns], axis=1)), metric)
+
+    def cut(self, precision: DiagonalPlusLowRank) -> Cut:
+        """Cut in the metric of its own diagonal."""
+        return self._cut(precision, precision.diagonal)
+
+    def cut_message(self, message: DiagonalPlusLowRank, precision: DiagonalPlusLowRank) -> DiagonalPlusLowRank:
+        """Cut in the metric of the filtered belief's diagonal."""
+        return self._cut(message, precision.diagonal).precision
+
+    def _cut(self, wide: DiagonalPlusLowRank, metric: Array) -> Cut:
+        kept = compress(wide.factor, metric, self.rank)
+        added = kept.dropped_diagonal if self.keep_diagonal else 0.0
+        return Cut(DiagonalPlusLowRank(wide.diagonal + added, kept.factor), kept.dropped_share)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The diagonal alone, O(P) memory: the filter that online EWC approximates."""
+
+    def prior(self, variance: Array) -> DiagonalPrecision:
+        """``diag(1 / variance)``."""
+        return DiagonalPrecision(1 / variance)
+
+    def no_information(self, size: int, dtype: Any) -> DiagonalPrecision:
+        """Zeros."""
+        return DiagonalPrecision(jnp.zeros(size, dtype))
+
+    def gather(self, site: DiagonalPrecision, columns: Array, metric: Array) -> Cut:
+        """Add the squares of the columns."""
+        del metric
+        return Cut(DiagonalPrecision(site.diagonal + jnp.sum(jnp.square(columns), axis=1)), jnp.ones((), columns.dtype))
+
+    def cut(self, precision: DiagonalPrecision) -> Cut:
+        """Nothing to cut."""
+        return Cut(precision, jnp.zeros((), precision.diagonal.dtype))
+
+    def cut_message(self, message: DiagonalPrecision, precision: DiagonalPrecision) -> DiagonalPrecision:
+        """Nothing to cut."""
+        del precision
+        return message
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The full matrix, O(P^2) memory and O(P^3) time: exact, for up to a few thousand weights."""
+
+    def prior(self, variance: Array) -> DensePrecision:
+        """``diag(1 / variance)``."""
+        return DensePrecision(jnp.diag(1 / variance))
+
+    def no_information(self, size: int, dtype: Any) -> DensePrecision:
+        """Zeros."""
+        return DensePrecision(jnp.zeros((size, size), dtype))
+
+    def gather(self, site: DensePrecision, columns: Array, metric: Array) -> Cut:
+        """Add ``V V^T``."""
+        del metric
+        return self.cut(site.add_columns(columns))
+
+    def cut(self, precision: DensePrecision) -> Cut:
+        """Nothing to cut."""
+        return Cut(precision, jnp.zeros((), precision.matrix.dtype))
+
+    def cut_message(self, message: DensePrecision, precision: DensePrecision) -> DensePrecision:
+        """Nothing to cut."""
+        del precision
+        return message

@@ -1,0 +1,1 @@
+"""What programs are written with: networks, transition kernels, task streams and data sets."""

@@ -1,0 +1,195 @@
+"""Diagonal plus low-rank precision: ``Lambda = diag(D) + U U^T``, D > 0 (P,), U (P, R).
+
+All formulas are in forms without cancellation and without the inverse of a noise or of U's core, so that they hold for
+noise 0, gain 0, and in float32. Cost O(P R^2). Source: the model of Sliwa et al. (arXiv 2410.06800); where that paper hands
+precisions to a gain that needs covariances, or drops the truncated mass, these differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ssm_nn.moments import Moments
+
+__all__ = ["Compressed", "DiagonalPlusLowRank", "compress"]
+
+Array = Any
+
+
+class DiagonalPlusLowRank(NamedTuple):
+    """``diag(diagonal) + factor factor^T``; see ``ssm_nn.precision.Precision`` for the read-outs.
+
+    Attributes:
+        diagonal: (P,), > 0 for a precision, >= 0 for the information of a task.
+        factor: (P, R).
+    """
+
+    diagonal: Array
+    factor: Array
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.factor.shape[1]
+
+    def _scaled_root(self) -> tuple[Array, Array]:
+        """``U / D`` and the Cholesky factor L of ``I + U^T D^-1 U``."""
+        scaled = self.factor / self.diagonal[:, None]
+        return scaled, _cholesky_of_identity_plus(self.factor.T @ scaled)
+
+    def matvec(self, x: Array) -> Array:
+        """``D x + U (U^T x)``."""
+        return self.diagonal * x + self.factor @ (self.factor.T @ x)
+
+    def solve(self, x: Array) -> Array:
+        """``x / D - (U/D) (L L^T)^-1 (U/D)^T x``."""
+        scaled, root = self._scaled_root()
+        wide = x if x.ndim == 2 else x[:, None]
+        inner = jax.scipy.linalg.cho_solve((root, True), scaled.T @ wide)
+        return (wide / self.diagonal[:, None] - scaled @ inner).reshape(x.shape)
+
+    def logdet(self) -> Array:
+        """``sum log D + 2 sum log diag L``."""
+        _, root = self._scaled_root()
+        return jnp.sum(jnp.log(self.diagonal)) + 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
+
+    def precision_diagonal(self) -> Array:
+        """``D + rowsum(U^2)``."""
+        return self.diagonal + jnp.sum(jnp.square(self.factor), axis=1)
+
+    def variance(self) -> Array:
+        """``1/D - rowsum(((U/D) L^-T)^2)``."""
+        scaled, root = self._scaled_root()
+        explained = jax.scipy.linalg.solve_triangular(root, scaled.T, lower=True)
+        return 1 / self.diagonal - jnp.sum(jnp.square(explained), axis=0)
+
+    def quadratic(self, x: Array) -> Array:
+        """``sum D x^2 + |U^T x|^2``."""
+        return jnp.sum(self.diagonal * jnp.square(x)) + jnp.sum(jnp.square(self.factor.T @ x))
+
+    def sample(self, key: Array) -> Array:
+        """``Lambda^-1 (sqrt(D) e1 + U e2)``."""
+        one, two = jax.random.split(key)
+        dtype = self.diagonal.dtype
+        noise = jnp.sqrt(self.diagonal) * jax.random.normal(one, self.diagonal.shape, dtype)
+        return self.solve(noise + self.factor @ jax.random.normal(two, (self.rank,), dtype))
+
+    def to_dense(self) -> Array:
+        """(P, P)."""
+        return jnp.diag(self.diagonal) + self.factor @ self.factor.T
+
+    def add(self, site: DiagonalPlusLowRank) -> DiagonalPlusLowRank:
+        """Rank R plus the site's rank."""
+        return DiagonalPlusLowRank(self.diagonal + site.diagonal, jnp.concatenate([self.factor, site.factor], axis=1))
+
+    def add_columns(self, columns: Array) -> DiagonalPlusLowRank:
+        """Rank R + K."""
+        return DiagonalPlusLowRank(self.diagonal, jnp.concatenate([self.factor, columns], axis=1))
+
+    def permute(self, permutation: Array) -> DiagonalPlusLowRank:
+        """Rows of both in the new order."""
+        return DiagonalPlusLowRank(self.diagonal[permutation], self.factor[permutation])
+
+    def predict(self, moments: Moments) -> DiagonalPlusLowRank:
+        """Exact, rank kept: ``E = 1/(a^2 + q D)``, ``M = I + U^T diag(q E) U``, ``D' = D E``, ``U' = diag(a E) U M^-T/2``."""
+        gain, _, noise = moments[:3]
+        shrink, root = self._step_root(gain, noise)
+        moved = (gain * shrink)[:, None] * self.factor
+        return DiagonalPlusLowRank(
+            self.diagonal * shrink, jax.scipy.linalg.solve_triangular(root, moved.T, lower=True).T
+        )
+
+    def _step_root(self, gain: Array, noise: Array) -> tuple[Array, Array]:
+        """E and the Cholesky factor of ``M = I + U^T diag(q E) U``."""
+        shrink = 1 / (jnp.square(gain) + noise * self.diagonal)
+        return shrink, _cholesky_of_identity_plus(self.factor.T @ ((noise * shrink)[:, None] * self.factor))
+
+    def smoother_gain(self, moments: Moments, x: Array) -> Array:
+        """``(I - diag(q E) U M^-1 U^T) diag(a E) x``; exactly x for noise 0 and gain 1."""
+        gain, _, noise = moments[:3]
+        shrink, root = self._step_root(gain, noise)
+        pulled = gain * shrink * x
+        inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ pulled)
+        return pulled - noise * shrink * (self.factor @ inner)
+
+    def sample_conditional(self, moments: Moments, key: Array) -> Array:
+        """Draw from N(0, (diag(1/f) + U U^T)^-1), ``f = q E``, never dividing by f."""
+        gain, _, noise = moments[:3]
+        shrink, root = self._step_root(gain, noise)
+        free = noise * shrink
+        one, two = jax.random.split(key)
+        dtype = self.diagonal.dtype
+        draw = jnp.sqrt(free) * jax.random.normal(one, free.shape, dtype)
+        draw = draw + free * (self.factor @ jax.random.normal(two, (self.rank,), dtype))
+        inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ draw)
+        return draw - free * (self.factor @ inner)
+
+    def conditional_log_density(self, moments: Moments, residual: Array) -> Array:
+        """Over the coordinates with noise: ``diag(1/f) + U U^T`` restricted to them."""
+        gain, _, noise = moments[:3]
+        shrink, root = self._step_root(gain, noise)
+        moves = noise > 0
+        free = jnp.where(moves, noise * shrink, 1.0)
+        inside = jnp.where(moves, residual, 0.0)
+        squares = jnp.sum(jnp.square(inside) / free) + jnp.sum(jnp.square(self.factor.T @ inside))
+        logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(root))) - jnp.sum(jnp.log(free))
+        return 0.5 * (logdet - squares - jnp.sum(moves) * jnp.log(2 * jnp.pi))
+
+    def message_before(self, message: DiagonalPlusLowRank, moments: Moments) -> DiagonalPlusLowRank:
+        """``E = 1/(1 + q b)``, ``M = I + W^T diag(q E) W``, ``b <- a^2 b E``, ``W <- diag(a E) W M^-T/2``."""
+        gain, _, noise = moments[:3]
+        shrink = 1 / (1 + noise * message.diagonal)
+        root = _cholesky_of_identity_plus(message.factor.T @ ((noise * shrink)[:, None] * message.factor))
+        moved = (gain * shrink)[:, None] * message.factor
+        factor = jax.scipy.linalg.solve_triangular(root, moved.T, lower=True).T
+        return DiagonalPlusLowRank(jnp.square(gain) * message.diagonal * shrink, factor)
+
+
+class Compressed(NamedTuple):
+    """A factor cut to fewer columns.
+
+    Attributes:
+        factor: (P, R).
+        dropped_diagonal: (P,), the diagonal of what was cut off.
+        dropped_share: what was cut off, as a share of the whitened trace.
+    """
+
+    factor: Array
+    dropped_diagonal: Array
+    dropped_share: Array
+
+
+def compress(factor: Array, metric: Array, rank: int) -> Compressed:
+    """The best ``rank`` columns of ``factor`` (P, K) in the whitened metric: SVD of ``metric^-1/2 factor``.
+
+    By QR and the SVD of the small triangle; an eigen-decomposition of the Gram matrix would lose singular values
+    below 1e-4 of the largest in float32. K <= rank returns the factor padded with zero columns.
+    """
+    size, columns = factor.shape
+    if columns <= rank:
+        padding = jnp.zeros((size, rank - columns), factor.dtype)
+        return Compressed(
+            jnp.concatenate([factor, padding], axis=1),
+            jnp.zeros(size, factor.dtype),
+            jnp.zeros((), factor.dtype),
+        )
+    scale = jnp.sqrt(metric)
+    basis, triangle = jnp.linalg.qr(factor / scale[:, None])
+    left, singular, _ = jnp.linalg.svd(triangle, full_matrices=False)
+    if singular.shape[0] < rank:  # fewer weights than columns kept
+        left = jnp.pad(left, ((0, 0), (0, rank - singular.shape[0])))
+        singular = jnp.pad(singular, (0, rank - singular.shape[0]))
+    turned = scale[:, None] * (basis @ (left * singular))
+    return Compressed(
+        turned[:, :rank],
+        jnp.sum(jnp.square(turned[:, rank:]), axis=1),
+        jnp.sum(jnp.square(singular[rank:])) / jnp.maximum(jnp.sum(jnp.square(singular)), jnp.finfo(factor.dtype).tiny),
+    )
+
+
+def _cholesky_of_identity_plus(gram: Array) -> Array:
+    """Cholesky factor of ``I + gram``, gram symmetric positive semi-definite: eigenvalues >= 1, so no jitter is needed."""
+    return jnp.linalg.cholesky(jnp.eye(gram.shape[0], dtype=gram.dtype) + gram)
