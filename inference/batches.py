@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ssm_nn.tasks import Task
 
-__all__ = ["batched", "rows", "with_mask"]
+__all__ = ["batched", "rows", "with_mask", "without_masked"]
 
 Array = Any
 
@@ -35,9 +35,32 @@ def batched(task: Task, size: int) -> Task:
 
     def cut(array: Array) -> Array:
         padding = [(0, batches * size - total)] + [(0, 0)] * (array.ndim - 1)
-        return jnp.pad(array, padding).reshape((batches, size, *array.shape[1:]))
+        # copies of an example, not zeros: a zero may be no scale, and 0 times its infinite gradient is nan
+        copies = jnp.pad(array, padding, mode="edge" if total else "constant")
+        return copies.reshape((batches, size, *array.shape[1:]))
 
-    return _made(jax.tree.map(cut, masked.data), masked.context, cut(masked.mask))
+    counted = jnp.pad(masked.mask, (0, batches * size - total)).reshape(batches, size)
+    return _made(jax.tree.map(cut, masked.data), masked.context, counted)
+
+
+def without_masked(task: Task) -> Task:
+    """The task with a counted example in the place of each masked one; no data if none counts.
+
+    What stands under a mask may be anything. In a gradient nan would survive its weight of 0.
+    """
+    if task.data and (not task.num_examples or (task.mask is not None and not bool(jnp.any(task.mask)))):
+        return Task({}, task.context)
+    if task.mask is None or not task.data:
+        return task
+    source = jnp.where(task.mask, jnp.arange(task.num_examples), jnp.argmax(task.mask))
+    return _made(jax.tree.map(lambda array: jnp.take(array, source, axis=0), task.data), task.context, task.mask)
+
+
+def index_batches(indices: Array, size: int, total: int) -> Array:
+    """(batches, size) of ``indices`` (n,), the rest filled with ``total``, which ``rows`` turns into masked examples."""
+    batches = max(-(-indices.shape[0] // size), 1)
+    filling = jnp.full(batches * size - indices.shape[0], total, indices.dtype)
+    return jnp.concatenate([indices, filling]).reshape(batches, size)
 
 
 def one_batch(batches: Task, data: Any, mask: Array) -> Task:

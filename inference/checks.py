@@ -22,11 +22,13 @@ def check_task(task: Task) -> None:
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             continue
         values = np.asarray(array)
-        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         bad = ~finite if task.mask is None else ~finite & np.asarray(task.mask)
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
-            raise ValueError(f"{name!r} of the task is not finite in {int(bad.sum())} examples, the first at index {first}")
+            raise ValueError(
+                f"{name!r} of the task is not finite in {int(bad.sum())} examples, the first at index {first}"
+            )
 
 
 def check_support(space: StateSpace, task: Task) -> dict[str, Array]:
@@ -40,7 +42,8 @@ def check_support(space: StateSpace, task: Task) -> dict[str, Array]:
                 f"the site {name!r} inside the task body is not observed: only sites with obs=... may stand there "
                 "(latent ones go outside the loop over tasks), and the task must hold what they observe"
             )
-        inside = site.distribution.support(site.value)
+        support: Any = site.distribution.support
+        inside = support(site.value)
         weight = jnp.broadcast_to(site.weight, jnp.shape(inside))
         verdicts[name] = jnp.all(inside | (weight == 0))
     if not verdicts:

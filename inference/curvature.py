@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ssm_nn.extract import StateSpace
-from ssm_nn.inference.batches import batched, one_batch, single
+from ssm_nn.inference.batches import batched, index_batches, one_batch, rows, single
 from ssm_nn.inference.structures import Structure
 from ssm_nn.tasks import Task
 
@@ -71,10 +71,9 @@ def columns(space: StateSpace, theta: Array, task: Task) -> Array:
 
     def of_one(data, mask):
         example = single(task, data, mask)
-        _, pull = jax.vjp(lambda weights: space.outputs(weights, example), theta)
-        return jax.vmap(lambda cotangent: pull(cotangent)[0], in_axes=1, out_axes=1)(
-            space.output_factor(theta, example)
-        )
+        outputs, pull = jax.vjp(lambda weights: space.outputs(weights, example), theta)
+        factor = space.output_factor(theta, example).astype(outputs.dtype)
+        return jax.vmap(lambda cotangent: pull(cotangent)[0], in_axes=1, out_axes=1)(factor)
 
     stacked = jax.vmap(of_one, out_axes=1)(task.data, task.mask)  # (P, N, C)
     return stacked.reshape(theta.shape[0], -1)
@@ -90,22 +89,20 @@ def factor_columns(space: StateSpace, task: Task) -> int:
     return jax.eval_shape(factor, space.initial, first, task.mask[0]).shape[1]
 
 
-def summed_log_likelihood(space: StateSpace, theta: Array, task: Task, transform: Callable = lambda function: function) -> Any:
+def summed_log_likelihood(
+    space: StateSpace, theta: Array, task: Task, transform: Callable = lambda function: function
+) -> Any:
     """``transform`` of the log likelihood (itself, or its value and gradient), summed over chunks of examples."""
-    batches = batched(task, min(task.num_examples, _FORWARD_EXAMPLES))
+    total = task.num_examples
+    # chunks are gathered as they are read: padding the task would copy it
+    chunks = index_batches(jnp.arange(total), min(total, _FORWARD_EXAMPLES), total)
 
-    def of_chunk(inputs):
-        return transform(lambda weights: space.log_likelihood(weights, one_batch(batches, *inputs)))(theta)
+    def of_chunk(indices):
+        return transform(lambda weights: space.log_likelihood(weights, rows(task, indices)))(theta)
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_chunk, _first(batches)))
-    total, _ = jax.lax.scan(
-        lambda sums, inputs: (jax.tree.map(jnp.add, sums, of_chunk(inputs)), None), zeros, (batches.data, batches.mask)
-    )
-    return total
-
-
-def _first(batches: Task) -> Any:
-    return jax.tree.map(lambda array: array[0], (batches.data, batches.mask))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_chunk, chunks[0]))
+    summed, _ = jax.lax.scan(lambda sums, chunk: (jax.tree.map(jnp.add, sums, of_chunk(chunk)), None), zeros, chunks)
+    return summed
 
 
 @dataclass(frozen=True)

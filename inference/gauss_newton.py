@@ -17,6 +17,7 @@ __all__ = ["GaussNewton"]
 
 Array = Any
 
+_MOST_NUMBERS = 2**27  # 512 MiB of columns for one output in float32
 _HALVINGS = 12  # a step of 2^-12 that does not lower the objective says that rounding, not the step, decides
 
 
@@ -34,7 +35,7 @@ class GaussNewton:
             ``tolerance * (1 + |objective|)``.
     """
 
-    max_steps: int = 50
+    max_steps: int = 200
     tolerance: float = 1e-5
 
     def __post_init__(self):
@@ -49,6 +50,12 @@ class GaussNewton:
 
         def run(problem: MapProblem, start: Array, key: Array) -> MapResult:
             del key
+            numbers = start.shape[0] * problem.task.num_examples
+            if numbers > _MOST_NUMBERS:
+                raise ValueError(
+                    f"GaussNewton would form {start.shape[0]} x {problem.task.num_examples} columns at once for each "
+                    "output; use Lbfgs() or Minibatch(...) for tasks of this size"
+                )
             shift, steps, status, value = minimise(problem, start)
             return MapResult(shift, int(steps), int(status), float(value))
 
@@ -57,9 +64,7 @@ class GaussNewton:
     def _minimise(self, program: Any, problem: MapProblem, start: Array) -> tuple[Array, Array, Array, Array]:
         space = extract(program, problem.task, problem.hypers)
 
-        def objective(shift):
-            return problem.objective(space, shift)
-
+        objective = problem.objective(space)
         value_and_gradient = jax.value_and_grad(objective)
 
         def newton(shift):
@@ -70,7 +75,7 @@ class GaussNewton:
 
         def halved(shift, value, step):
             def worse(carry):
-                size, trial, count = carry
+                _, trial, count = carry
                 return ~(trial <= value) & (count < _HALVINGS)
 
             def half(carry):

@@ -14,19 +14,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ssm_nn.extract import Layout, Program, StateSpace, describe, extract
-from ssm_nn.inference.batches import with_mask
+from ssm_nn.inference.automatic import AutomaticEstimator
+from ssm_nn.inference.batches import with_mask, without_masked
+from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info
 from ssm_nn.inference.checks import check_support, check_task
 from ssm_nn.inference.curvature import Curvature, ExactCurvature
-from ssm_nn.inference.gauss_newton import GaussNewton
 from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapEstimator, MapProblem, all_finite, norm
-from ssm_nn.inference.posterior import Belief, Filtered, FilterState, Info
-from ssm_nn.inference.smoothing import Smoothed, smooth
+from ssm_nn.inference.posterior import Posterior
+from ssm_nn.inference.smoothing import smooth
 from ssm_nn.inference.structures import LowRank, Structure
 from ssm_nn.moments import Moments
 from ssm_nn.precision import permuted, step_mean_vector
@@ -49,7 +50,8 @@ class LaplaceFilter:
         program: a NumPyro program with ``ssm_nn.weights`` and a loop over tasks.
         structure: what is kept of the precision: ``LowRank(rank)``, ``Diagonal()`` or ``Dense()``.
         hypers: the value of every latent site of the program outside its weights.
-        estimator: finds the MAP weights of a task: ``GaussNewton()`` (default) or ``Minibatch(optax...)``.
+        estimator: finds the MAP weights of a task: ``GaussNewton()``, ``Lbfgs()`` or ``Minibatch(optax...)``; by default the
+            one that suits the task's size.
         curvature: gathers a task's information: ``ExactCurvature()`` (default) or ``SketchedCurvature(...)``.
         power: how often the likelihood counts, > 0; 1 is Bayes' rule, 1 / power is the temperature of a cold posterior.
             With another power the evidence is that of the tempered likelihood.
@@ -71,8 +73,8 @@ class LaplaceFilter:
             raise ValueError(f"power is {power}; a number > 0 is accepted")
         self.program = program
         self.structure = LowRank(20) if structure is None else structure
-        self.hypers = {name: jnp.asarray(value) for name, value in (hypers or {}).items()}
-        self.estimator = GaussNewton() if estimator is None else estimator
+        self.hypers = _strongly_typed(hypers or {})
+        self.estimator = AutomaticEstimator() if estimator is None else estimator
         self.curvature = ExactCurvature() if curvature is None else curvature
         self.power = float(power)
         self._estimate = self.estimator.bind(program)
@@ -84,7 +86,7 @@ class LaplaceFilter:
     def with_hypers(self, hypers: Mapping[str, Any]) -> LaplaceFilter:
         """The same engine at other hyper-parameters; nothing is compiled again."""
         other = copy(self)
-        other.hypers = {name: jnp.asarray(value) for name, value in hypers.items()}
+        other.hypers = _strongly_typed(hypers)
         return other
 
     def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> FilterState:
@@ -98,8 +100,8 @@ class LaplaceFilter:
         task = as_task(task)
         check_task(task)
         extract(self.program, task, self.hypers)  # raises on values that an abstract trace would not see
-        mean, precision = self._first(self.hypers, _as_arrays(task))
-        return FilterState(jnp.zeros((), jnp.int32), key, mean, precision)
+        prior = self._first(self.hypers, _as_arrays(task))
+        return FilterState(jnp.zeros((), jnp.int32), key, prior.mean, prior.precision)
 
     def update(self, state: FilterState, task: Task | Mapping[str, Any] | None) -> tuple[FilterState, Info]:
         """One task: predict, find the MAP weights, add the task's information, cut to size.
@@ -113,14 +115,16 @@ class LaplaceFilter:
         began = time.perf_counter()
         task = _as_arrays(as_task(task))
         check_task(task)
+        task = without_masked(task)
         next_key, map_key, curvature_key = jax.random.split(state.key, 3)
         moments, predicted, start = self._advance(self.hypers, state, task, map_key)
         step = state.step + 1
         if not task.data:
             info = Info.without_data(moments, self._no_information(predicted), time.perf_counter() - began)
-            return FilterState(step, next_key, *predicted), info
+            return FilterState(step, next_key, predicted.mean, predicted.precision), info
         self._check_values(task)
-        problem = MapProblem(*predicted, with_mask(task), self.hypers, jnp.asarray(self.power, predicted.mean.dtype))
+        power = jnp.asarray(self.power, predicted.mean.dtype)
+        problem = MapProblem(predicted.mean, predicted.precision, with_mask(task), self.hypers, power)
         found = self._estimate(problem, start, map_key)
         status = found.status
         if status != NOT_FINITE:
@@ -138,11 +142,11 @@ class LaplaceFilter:
                     seconds=time.perf_counter() - began,
                 )
                 self._warn(int(step) - 1, info)
-                return FilterState(step, next_key, *belief), info
+                return FilterState(step, next_key, belief.mean, belief.precision), info
         info = Info.without_data(moments, self._no_information(predicted), time.perf_counter() - began)
         info = info._replace(status=NOT_FINITE, steps=found.steps, log_evidence=float("nan"))
         self._warn(int(step) - 1, info)
-        return FilterState(step, next_key, *predicted), info
+        return FilterState(step, next_key, predicted.mean, predicted.precision), info
 
     def run(
         self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], progress: Progress | None = None
@@ -186,9 +190,10 @@ class LaplaceFilter:
             tuple(infos),
         )
 
-    def smooth(self, filtered: Filtered) -> Smoothed:
+    def smooth(self, filtered: Filtered) -> Posterior:
         """Rauch-Tung-Striebel means and covariances of every task given all tasks; needs no data."""
-        return smooth(filtered)
+        smoothed = smooth(filtered)
+        return Posterior(smoothed.filtered, smoothed.means, smoothed.messages)
 
     # the four compiled pieces
 
@@ -254,14 +259,19 @@ class LaplaceFilter:
             warnings.warn(f"task {t}: {info.message}", FilterWarning, stacklevel=3)
 
 
+def _strongly_typed(hypers: Mapping[str, Any]) -> dict[str, Array]:
+    # a Python number is weakly typed, and each of the two kinds would be compiled for
+    return {name: jnp.asarray(value, jnp.result_type(value)) for name, value in hypers.items()}
+
+
 def _as_arrays(task: Task) -> Task:
     return jax.tree.map(jnp.asarray, task)
 
 
 def _check_like(t: int, task: Task, template: Task) -> None:
     for name in template:
-        here, there = jnp.shape(task.data.get(name, ())), jnp.shape(template[name])
-        if here[1:] != there[1:] or name not in task:
+        if name not in task:
+            raise ValueError(f"task {t} has no {name!r}; it has {sorted(task)}, earlier tasks {sorted(template)}")
+        here, there = jnp.shape(task[name]), jnp.shape(template[name])
+        if here[1:] != there[1:]:
             raise ValueError(f"task {t}: {name!r} holds examples of shape {here[1:]}, in earlier tasks {there[1:]}")
-
-

@@ -56,8 +56,10 @@ class Lbfgs:
         limit = self.tolerance * jnp.sqrt(float(start.shape[0]))
         optimizer = optax.lbfgs()
 
+        at_shift = problem.objective(space)
+
         def objective(z):
-            return problem.objective(space, scale * z)
+            return at_shift(scale * z)
 
         value_and_gradient = optax.value_and_grad_from_state(objective)
 
@@ -65,13 +67,13 @@ class Lbfgs:
             _, _, count, size, value = carry
             return (count == 0) | ((size > limit) & (count < self.max_steps) & jnp.isfinite(value))
 
-        def iterate(carry):
+        def iterate(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             z, state, count, _, _ = carry
             value, gradient = value_and_gradient(z, state=state)
             change, state = optimizer.update(gradient, state, z, value=value, grad=gradient, value_fn=objective)
-            return optax.apply_updates(z, change), state, count + 1, norm(gradient), value
+            return z + change, state, count + 1, norm(gradient), value
 
-        z = start / scale
+        z: Any = start / scale
         infinite = jnp.asarray(jnp.inf, start.dtype)
         z, _, steps, size, value = jax.lax.while_loop(
             unfinished, iterate, (z, optimizer.init(z), jnp.asarray(0), infinite, jnp.zeros((), start.dtype))

@@ -9,6 +9,7 @@ where the second term is a sum of squares of d, never an expanded square of thet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +23,9 @@ __all__ = ["CONVERGED", "FIXED_BUDGET", "NOT_CONVERGED", "NOT_FINITE", "MapEstim
 Array = Any
 
 CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE = range(4)
+
+
+Objective = Callable[..., Array]
 
 
 class MapProblem(NamedTuple):
@@ -41,12 +45,15 @@ class MapProblem(NamedTuple):
     hypers: Any
     power: Array
 
-    def objective(
-        self, space: StateSpace, shift: Array, batch: Task | None = None, scale: Array | float = 1.0
-    ) -> Array:
-        """Value at ``mean + shift``; for a ``batch`` the likelihood is scaled by ``scale``, the prior is not."""
-        log_likelihood = space.log_likelihood(self.mean + shift, self.task if batch is None else batch)
-        return 0.5 * self.precision.quadratic(shift) - self.power * scale * log_likelihood
+    def objective(self, space: StateSpace) -> Objective:
+        """The objective as a function of the shift d, of a batch, and of what one of the batch's examples counts."""
+        square = self.precision.quadratic_form()
+
+        def value(shift: Array, batch: Task | None = None, scale: Array | float = 1.0) -> Array:
+            log_likelihood = space.log_likelihood(self.mean + shift, self.task if batch is None else batch)
+            return 0.5 * square(shift) - self.power * scale * log_likelihood
+
+        return value
 
 
 class MapResult(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ssm_nn.extract import extract
-from ssm_nn.inference.batches import rows
+from ssm_nn.inference.batches import index_batches, rows
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE, MapProblem, MapResult
 
 __all__ = ["Minibatch"]
@@ -74,23 +74,21 @@ class Minibatch:
     ) -> tuple[Array, Any, Array]:
         space = extract(program, problem.task, problem.hypers)
         total = problem.task.num_examples
-        batches = -(-total // self.batch_size)
-        order = jax.random.permutation(key, total)
-        # the indices past the end are masked examples
-        order = jnp.concatenate([order, jnp.full(batches * self.batch_size - total, total, order.dtype)])
+        order = index_batches(jax.random.permutation(key, total), self.batch_size, total)
         counted = jnp.sum(problem.task.mask)
+        objective = problem.objective(space)
 
         def step(carry, indices):
             shift, state = carry
             batch = rows(problem.task, indices)
             scale = counted / jnp.maximum(jnp.sum(batch.mask), 1)
 
-            def objective(shift):
-                return problem.objective(space, shift, batch, scale) / jnp.maximum(counted, 1)
+            def per_example(shift):
+                return objective(shift, batch, scale) / jnp.maximum(counted, 1)
 
-            value, gradient = jax.value_and_grad(objective)(shift)
+            value, gradient = jax.value_and_grad(per_example)(shift)
             change, state = self.optimizer.update(gradient, state, shift)
             return (optax.apply_updates(shift, change), state), value
 
-        (shift, state), values = jax.lax.scan(step, (shift, state), order.reshape(batches, self.batch_size))
+        (shift, state), values = jax.lax.scan(step, (shift, state), order)
         return shift, state, jnp.mean(values) * jnp.maximum(counted, 1)

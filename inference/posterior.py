@@ -1,133 +1,52 @@
-"""What the filter leaves behind: states, diagnostics, and the beliefs of all tasks."""
+"""The smoother's posterior with everything that users ask of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info
+from ssm_nn.inference.datatree import to_datatree
+from ssm_nn.inference.guide import guide_of
+from ssm_nn.inference.predictive import LINEARISED, Method, Prediction, predict
+from ssm_nn.inference.smoothing import Smoothed
+from ssm_nn.tasks import Task, Tasks
 
-from ssm_nn.extract import Layout, Program
-from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE
-from ssm_nn.inference.structures import Structure
-from ssm_nn.moments import Moments
+if TYPE_CHECKING:
+    import xarray
 
-__all__ = ["Belief", "FilterState", "Filtered", "Info"]
+__all__ = ["Belief", "FilterState", "Filtered", "Info", "Posterior"]
 
 Array = Any
 
-_MESSAGES = {
-    CONVERGED: "the MAP search converged",
-    FIXED_BUDGET: "the MAP search used its fixed budget of epochs; convergence was not judged",
-    NOT_CONVERGED: "the MAP search did not converge: allow more steps or epochs, or lower the learning rate",
-    NOT_FINITE: (
-        "the MAP search or the curvature is not finite, and the task's information was left out: lower the learning "
-        "rate, or look for outliers in the data"
-    ),
-}
-
-
-class Belief(NamedTuple):
-    """N(mean, precision^-1) over the weights: ``mean`` (P,), ``precision`` in the filter's structure."""
-
-    mean: Array
-    precision: Any
-
-
-class FilterState(NamedTuple):
-    """All that the next update needs, as arrays.
-
-    Attributes:
-        step: number of tasks so far.
-        key: of the random choices to come.
-        mean, precision: the belief after the last task.
-    """
-
-    step: Array
-    key: Array
-    mean: Array
-    precision: Any
-
-
-class Info(NamedTuple):
-    """What one update says of itself, and what the smoother needs of it.
-
-    Attributes:
-        moments: the step into this task, (P,) each.
-        site: the information of the task's data, in the structure's form.
-        log_evidence: log p(D_t | D_1 .. D_{t-1}), Laplace's approximation, in nats; 0 without data, nan if it failed.
-        log_likelihood: sum over the task at the MAP weights.
-        gradient_norm: norm of the objective's gradient there.
-        dropped_share: what a compression moved out of the factor, as a share of the whitened trace; 0 is exact.
-        steps: of the MAP search.
-        status: code of ``message``.
-        seconds: wall time of the update.
-    """
-
-    moments: Moments
-    site: Any
-    log_evidence: float
-    log_likelihood: float
-    gradient_norm: float
-    dropped_share: float
-    steps: int
-    status: int
-    seconds: float
-
-    @classmethod
-    def without_data(cls, moments: Moments, site: Any, seconds: float) -> Self:
-        """Of a task without data."""
-        return cls(moments, site, 0.0, 0.0, 0.0, 0.0, 0, CONVERGED, seconds)
-
-    @property
-    def converged(self) -> bool:
-        """Whether the MAP search met its own criterion."""
-        return self.status == CONVERGED
-
-    @property
-    def message(self) -> str:
-        """The status in a sentence."""
-        return _MESSAGES[self.status]
-
 
 @dataclass(frozen=True)
-class Filtered:
-    """The belief of each task given the tasks up to it.
+class Posterior(Smoothed):
+    """The belief of every task given all tasks: what ``LaplaceFilter.smooth`` returns.
 
-    Attributes:
-        program, layout, hypers, structure: what they belong to.
-        beliefs: one Belief a task.
-        infos: one Info a task.
+    ``beliefs[t]`` is a Gaussian with ``mean`` (P,) and ``precision``; ``layout.leaves(mean)`` names its parts;
+    ``sample_path(key)`` draws all tasks together.
     """
 
-    program: Program
-    layout: Layout
-    hypers: dict[str, Array]
-    structure: Structure
-    beliefs: tuple[Belief, ...]
-    infos: tuple[Info, ...]
+    @cached_property
+    def guide(self) -> Callable[..., dict[str, Array]]:
+        """A NumPyro guide: ``Predictive(program, guide=posterior.guide, params={}, num_samples=300)``."""
+        return guide_of(self)
 
-    def __len__(self) -> int:
-        return len(self.beliefs)
+    def predict(
+        self, t: int, task: Task | Mapping[str, Any], *, method: Method = LINEARISED, key: Array | int = 0
+    ) -> dict[str, Prediction]:
+        """Predict the examples of ``task`` with the smoothed belief of task ``t``; see ``predictive.predict``."""
+        return predict(self, t, task, method=method, key=key)
 
-    @property
-    def log_evidence(self) -> float:
-        """Sum of the tasks' log evidence, log p(D_1 .. D_T)."""
-        return float(sum(info.log_evidence for info in self.infos))
-
-    @property
-    def num_tasks(self) -> int:
-        """T."""
-        return len(self.beliefs)
-
-
-def draw(belief: Belief, key: Array, num_samples: int) -> Array:
-    """Independent draws (num_samples, P) from a belief."""
-    keys = jax.random.split(key, num_samples)
-    return belief.mean + jax.lax.map(belief.precision.sample, keys, batch_size=min(num_samples, 16))
-
-
-def stacked_means(beliefs: tuple[Belief, ...]) -> Array:
-    """(T, P)."""
-    return jnp.stack([belief.mean for belief in beliefs])
+    def to_datatree(
+        self,
+        *,
+        num_samples: int = 200,
+        key: Array | int = 0,
+        tasks: Tasks | Iterable[Task | Mapping[str, Any]] | None = None,
+    ) -> xarray.DataTree:
+        """As an ArviZ DataTree; see ``datatree.to_datatree``."""
+        return to_datatree(self, num_samples=num_samples, key=key, tasks=tasks)

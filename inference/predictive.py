@@ -2,13 +2,16 @@
 
     p(y | x) = E_{theta ~ belief} p(y | eta(x; theta))
 
-by default with the network linearised at the belief's mean, eta = eta(x; m) + J (theta - m): the belief is a Gaussian fitted
-to that linear model, and draws through the network itself are too wide (Immer, Korzepa, Bauer 2021, arXiv 2008.08400).
+Ways to take the expectation: ``Linearised`` (the default) draws through the network linearised where the belief was made,
+eta = eta(x; c) + J (theta - c), the model whose Gaussian posterior the belief is (Immer, Korzepa, Bauer 2021, arXiv
+2008.08400); c is the filter's mean, for smoothed beliefs too. ``ThroughNetwork`` draws through the network itself. ``AtMean``
+does not average over the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -17,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from ssm_nn.extract import Layout, Program, StateSpace, extract
+from ssm_nn.extract import Program, StateSpace, extract
 from ssm_nn.inference.batches import batched, single, with_mask
-from ssm_nn.inference.posterior import Belief
+from ssm_nn.inference.beliefs import Belief
 from ssm_nn.likelihoods import likelihood_of
 from ssm_nn.tasks import Task, as_task
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["AtMean", "Linearised", "Prediction", "ThroughNetwork", "predict", "predict_from"]
 
 Array = Any
 
@@ -35,13 +38,19 @@ class Posterior(Protocol):
     """Filtered or smoothed beliefs of all tasks."""
 
     @property
-    def program(self) -> Program: ...
+    def program(self) -> Program:
+        """The program."""
+        ...
+
     @property
-    def layout(self) -> Layout: ...
+    def hypers(self) -> Mapping[str, Array]:
+        """Its hyper-parameters."""
+        ...
+
     @property
-    def hypers(self) -> Mapping[str, Array]: ...
-    @property
-    def beliefs(self) -> tuple[Belief, ...]: ...
+    def beliefs(self) -> Any:
+        """One Belief a task."""
+        ...
 
 
 class Prediction(NamedTuple):
@@ -63,14 +72,56 @@ class Prediction(NamedTuple):
     log_density: np.ndarray | None
 
 
+def _check_samples(num_samples: int) -> None:
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples!r}; a whole number >= 1 is accepted")
+
+
+@dataclass(frozen=True)
+class AtMean:
+    """Outputs at the mean weights, without uncertainty of the weights.
+
+    Args:
+        linearised: of the linearised network, or of the network itself; the two differ for smoothed beliefs only.
+    """
+
+    linearised: bool = True
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """Draws through the network linearised where the belief was made.
+
+    Args:
+        num_samples: S >= 1, the same draws for all examples.
+    """
+
+    num_samples: int = 100
+
+    def __post_init__(self):
+        _check_samples(self.num_samples)
+
+
+@dataclass(frozen=True)
+class ThroughNetwork:
+    """Draws of the weights through the network itself.
+
+    Args:
+        num_samples: S >= 1, the same draws for all examples.
+    """
+
+    num_samples: int = 100
+
+    def __post_init__(self):
+        _check_samples(self.num_samples)
+
+
+Method = AtMean | Linearised | ThroughNetwork
+LINEARISED = Linearised()
+
+
 def predict(
-    posterior: Posterior,
-    t: int,
-    task: Task | Mapping[str, Any],
-    *,
-    key: Array | int = 0,
-    num_samples: int = 100,
-    linearised: bool = True,
+    posterior: Posterior, t: int, task: Task | Mapping[str, Any], *, method: Method = LINEARISED, key: Array | int = 0
 ) -> dict[str, Prediction]:
     """Predict the examples of ``task`` with the belief of task ``t``; observed values, if any, are scored.
 
@@ -78,45 +129,56 @@ def predict(
         posterior: ``Filtered`` or ``Smoothed``.
         t: whose belief; -1 is the last.
         task: examples, with or without their labels.
-        key: of the draws, the same for all examples; a whole number is taken as a seed.
-        num_samples: draws of the weights.
-        linearised: through the network linearised at the mean, or through the network itself.
+        method: how the expectation over the weights is taken.
+        key: of the draws; a whole number is taken as a seed.
 
     Returns:
         A Prediction for each observed site, by name.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; a whole number >= 1 is accepted")
     if not -len(posterior.beliefs) <= t < len(posterior.beliefs):
         raise ValueError(f"t is {t}, but there are {len(posterior.beliefs)} tasks")
+    return predict_from(posterior.program, posterior.hypers, posterior.beliefs[t], task, method=method, key=key)
+
+
+def predict_from(
+    program: Program,
+    hypers: Mapping[str, Array],
+    belief: Belief,
+    task: Task | Mapping[str, Any],
+    *,
+    method: Method = LINEARISED,
+    key: Array | int = 0,
+) -> dict[str, Prediction]:
+    """``predict`` for a belief that stands alone."""
     task = with_mask(jax.tree.map(jnp.asarray, as_task(task)))
-    belief = posterior.beliefs[t]
-    size = min(task.num_examples, _BATCH)
-    batches = batched(task, max(size, 1))
-    parts: list[list[Array]] = [[] for _ in range(batches.mask.shape[0])]
+    if not task.data:
+        raise ValueError("task has no data to predict")
+    batches = batched(task, min(task.num_examples, _BATCH))
     key = jax.random.key(key) if isinstance(key, int) else key
-    for shifts in _draws(belief, key, num_samples):
-        for b, collected in enumerate(parts):
-            batch = jax.tree.map(lambda array, b=b: array[b], (batches.data, batches.mask))
-            collected.append(
-                _outputs(posterior.program, linearised, posterior.hypers, belief.mean, shifts, task.context, *batch)
-            )
-    summaries = []
-    for b, collected in enumerate(parts):
-        batch = jax.tree.map(lambda array, b=b: array[b], (batches.data, batches.mask))
-        summary = _summarise(
-            posterior.program, posterior.hypers, belief.mean, jnp.concatenate(collected), task.context, *batch
-        )
-        summaries.append(jax.tree.map(np.asarray, summary))
+    linear = isinstance(method, Linearised) or (
+        isinstance(method, AtMean) and method.linearised and belief.centre is not None
+    )
+    slices = [jax.tree.map(lambda array, b=b: array[b], (batches.data, batches.mask)) for b in range(len(batches.mask))]
+    outputs: list[list[Array]] = [[] for _ in slices]
+    for shifts in _draws(belief, key, method):
+        for collected, batch in zip(outputs, slices, strict=True):
+            collected.append(_outputs(program, linear, dict(hypers), belief, shifts, task.context, *batch))
+    summaries = [
+        _summarise(program, dict(hypers), belief.mean, jnp.concatenate(collected), task.context, *batch)
+        for collected, batch in zip(outputs, slices, strict=True)
+    ]
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays)[: task.num_examples], *summaries)
     return {name: Prediction(**site) for name, site in joined.items()}
 
 
-def _draws(belief: Belief, key: Array, num_samples: int) -> Iterator[Array]:
+def _draws(belief: Belief, key: Array, method: Method) -> Iterator[Array]:
     """Shifts from the mean, (S, P), as many at a time as memory allows."""
-    keys = jax.random.split(key, num_samples)
+    if isinstance(method, AtMean):
+        yield jnp.zeros((1, *belief.mean.shape), belief.mean.dtype)
+        return
+    keys = jax.random.split(key, method.num_samples)
     chunk = max(_DRAWN_NUMBERS // belief.mean.shape[0], 1)
-    for start in range(0, num_samples, chunk):
+    for start in range(0, method.num_samples, chunk):
         yield _shifts(belief.precision, keys[start : start + chunk])
 
 
@@ -127,7 +189,7 @@ def _shifts(precision: Any, keys: Array) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _outputs(
-    program: Program, linearised: bool, hypers: Any, mean: Array, shifts: Array, context: Any, data: Any, mask: Array
+    program: Program, linear: bool, hypers: Any, belief: Belief, shifts: Array, context: Any, data: Any, mask: Array
 ) -> Array:
     """Outputs (S, B, K) of a batch under every draw."""
     task = Task.tree_unflatten(None, (data, context, mask))
@@ -136,10 +198,11 @@ def _outputs(
     def of_batch(theta):
         return jax.vmap(lambda d, m: space.outputs(theta, single(task, d, m)))(data, mask)
 
-    if linearised:
-        centre, push = jax.linearize(of_batch, mean)
-        return jax.vmap(lambda shift: centre + push(shift))(shifts)
-    return jax.lax.map(lambda shift: of_batch(mean + shift), shifts)
+    if not linear:
+        return jax.lax.map(lambda shift: of_batch(belief.mean + shift), shifts)
+    centre = belief.mean if belief.centre is None else belief.centre
+    at_centre, push = jax.linearize(of_batch, centre)
+    return jax.vmap(lambda shift: at_centre + push(belief.mean - centre + shift))(shifts)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -204,7 +267,7 @@ def _moments(distribution: dist.Distribution) -> tuple[Array, Array]:
         return distribution.mean, distribution.variance
     numbers = jnp.arange(by_class.shape[-1])
     probabilities = jnp.exp(by_class)
-    mean = probabilities @ numbers
+    mean: Any = probabilities @ numbers
     return mean, probabilities @ jnp.square(numbers) - jnp.square(mean)
 
 
@@ -220,4 +283,6 @@ def class_log_probabilities(distribution: dist.Distribution) -> Array | None:
 
 
 def _entropy(log_probabilities: Array) -> Array:
-    return -jnp.sum(jnp.exp(log_probabilities) * jnp.where(log_probabilities > -jnp.inf, log_probabilities, 0.0), axis=-1)
+    return -jnp.sum(
+        jnp.exp(log_probabilities) * jnp.where(log_probabilities > -jnp.inf, log_probabilities, 0.0), axis=-1
+    )

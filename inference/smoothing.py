@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ssm_nn.extract import Layout
-from ssm_nn.inference.posterior import Belief, Filtered, Info
+from ssm_nn.inference.beliefs import Belief, Filtered, Info
 from ssm_nn.inference.structures import Structure
 from ssm_nn.moments import Moments
 from ssm_nn.precision import permuted, step_mean_vector, unpermuted, unpermuted_vector
@@ -63,7 +63,7 @@ class Smoothed:
     def beliefs(self) -> tuple[Belief, ...]:
         """One Belief a task; a low-rank precision has twice the filter's rank."""
         return tuple(
-            Belief(mean, belief.precision if message is None else belief.precision.add(message))
+            Belief(mean, belief.precision if message is None else belief.precision.add(message), belief.mean)
             for mean, belief, message in zip(self.means, self.filtered.beliefs, self.messages, strict=True)
         )
 
@@ -83,7 +83,9 @@ class Smoothed:
         """
         last = self.filtered.beliefs[-1]
         residual = path[-1] - last.mean
-        total = 0.5 * (last.precision.logdet() - last.precision.quadratic(residual) - residual.size * jnp.log(2 * jnp.pi))
+        total = 0.5 * (
+            last.precision.logdet() - last.precision.quadratic(residual) - residual.size * jnp.log(2 * jnp.pi)
+        )
         for t in range(len(self) - 2, -1, -1):
             belief, moments = self.filtered.beliefs[t], self.filtered.infos[t + 1].moments
             total = total + _log_density_before(belief, moments, path[t], path[t + 1])

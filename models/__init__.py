@@ -1,1 +1,5 @@
-"""What programs are written with: networks, transition kernels, task streams and data sets."""
+"""What users write with: kernels, networks, programs, task streams, data sets."""
+
+from ssm_nn.models.transitions import OrnsteinUhlenbeck, Permuted, RandomWalk, ShrinkAndPerturb, Static
+
+__all__ = ["OrnsteinUhlenbeck", "Permuted", "RandomWalk", "ShrinkAndPerturb", "Static"]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ssm_nn.moments import Leaf, Moments, Transition, moments_of
 
@@ -19,7 +19,7 @@ Array = Any
 
 
 def _reject(name: str, value: Array, bad: Any, accepted: str) -> None:
-    if not isinstance(value, jax.core.Tracer) and bool(np.any(bad(np.asarray(value)))):
+    if not isinstance(value, Tracer) and bool(np.any(bad(np.asarray(value)))):
         raise ValueError(f"{name} is {value}; accepted is {accepted}")
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.core import Tracer
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
@@ -76,8 +77,9 @@ class ObservedSite(NamedTuple):
     weight: Array  # broadcastable to the batch shape
 
     def log_likelihood(self) -> Array:
-        """Weighted log density, by element of the batch."""
-        log_prob = self.distribution.log_prob(self.value)
+        """Weighted log density of an observed value, by element of the batch."""
+        value: Any = self.value
+        log_prob = self.distribution.log_prob(value)
         # where, not a product: a masked element may be anything, nan too
         return jnp.where(self.weight > 0, self.weight * jnp.where(self.weight > 0, log_prob, 0.0), 0.0)
 
@@ -109,7 +111,8 @@ class StateSpace(NamedTuple):
 
     def log_likelihood(self, theta: Array, task: Task) -> Array:
         """Sum over the task's examples and sites of ``log p(y | theta)``, masks and scales counted."""
-        return sum(jnp.sum(site.log_likelihood()) for site in _observed(self.observe(theta, task)).values())
+        total = sum(jnp.sum(site.log_likelihood()) for site in _observed(self.observe(theta, task)).values())
+        return jnp.asarray(total, theta.dtype)  # data of a wider type widen no state
 
     def outputs(self, theta: Array, example: Task) -> Array:
         """Canonical outputs (K,) of one example (a task of length 1), all sites joined."""
@@ -155,7 +158,11 @@ def hessian_sites(space: StateSpace, theta: Array, example: Task) -> list[str]:
     """Names and likelihoods of the sites whose curvature is a clipped Hessian rather than the exact Fisher information."""
     sites = space.observe(theta, example)
     found = {name: likelihood_of(site.distribution) for name, site in sites.items()}
-    return [f"{name} ({type(sites[name].distribution).__name__})" for name, found_one in found.items() if not found_one.exact]
+    return [
+        f"{name} ({type(sites[name].distribution).__name__})"
+        for name, found_one in found.items()
+        if not found_one.exact
+    ]
 
 
 class _RecordSites(Messenger):
@@ -167,7 +174,9 @@ class _RecordSites(Messenger):
 
     def process_message(self, msg):
         if msg["type"] == "param":
-            raise ValueError(f"numpyro.param({msg['name']!r}) inside the task body; it goes outside the loop over tasks")
+            raise ValueError(
+                f"numpyro.param({msg['name']!r}) inside the task body; it goes outside the loop over tasks"
+            )
         if msg["type"] != "sample":
             return
         if msg["name"] in self.sites:
@@ -216,7 +225,9 @@ class _ReadProgram(Messenger):
             )
         elif msg["type"] == "control_flow":
             if not isinstance(msg["args"][0], TaskBody):
-                raise ValueError("the program has a scan of its own; only the loop over tasks of weights().over is accepted")
+                raise ValueError(
+                    "the program has a scan of its own; only the loop over tasks of weights().over is accepted"
+                )
             if self.body is not None:
                 raise ValueError("the program loops over its tasks twice; use over([f, g], tasks, observe) once")
             self.body = msg["args"][0]
@@ -253,6 +264,16 @@ def extract(program: Program, task: Task, hypers: Mapping[str, Array] | None = N
     return _assemble(reader.paths, reader.body)
 
 
+def path_distributions(
+    program: Program, tasks: Tasks, hypers: Mapping[str, Array] | None = None
+) -> dict[str, MarkovPath]:
+    """The distribution of every leaf over all tasks of a stack, by site name, at fixed hyper-parameters."""
+    reader = _ReadProgram()
+    with handlers.block(), reader, handlers.condition(data=dict(hypers or {})):
+        program(tasks)
+    return reader.paths
+
+
 def describe(program: Program, task: Task, hypers: Mapping[str, Array] | None = None) -> Layout:
     """The layout alone, by abstract evaluation: no array of the program is computed."""
     found: list[Layout] = []
@@ -267,10 +288,10 @@ def describe(program: Program, task: Task, hypers: Mapping[str, Array] | None = 
 def _check_hypers(hypers: Mapping[str, Array], trace: Mapping[str, Any]) -> None:
     for name, value in hypers.items():
         site = trace.get(name)
-        if site is None or site["type"] != "sample":
+        if site is None or site["type"] != "sample" or isinstance(site["fn"], MarkovPath):
             latent = [n for n, s in trace.items() if s["type"] == "sample" and not isinstance(s["fn"], MarkovPath)]
-            raise ValueError(f"hypers has {name!r}, which is no site of the program; its sites are {latent}")
-        if isinstance(value, jax.core.Tracer):
+            raise ValueError(f"hypers has {name!r}, which is no latent site outside the weights; those are {latent}")
+        if isinstance(value, Tracer):
             continue
         with jax.ensure_compile_time_eval():
             inside = bool(np.all(site["fn"].support(jnp.asarray(value))))
@@ -284,7 +305,7 @@ def _assemble(paths: Mapping[str, MarkovPath], body: TaskBody) -> StateSpace:
     # sites are named prefix + network.path in the order of the networks' own leaves, which is how they were sampled
     named = [(net, path) for net in body.networks for path in net.paths]
     if len(named) != len(paths):
-        unused = sorted({name for name in paths} - {f"{net.name}.{path}" for net, path in named})
+        unused = sorted(set(paths) - {f"{net.name}.{path}" for net, path in named})
         raise ValueError(f"weights that no task observes: {', '.join(unused)}; pass every network to over(...)")
     by_name = {_owner(name, named): (name, fn) for name, fn in paths.items()}
     for net, path in named:
@@ -308,7 +329,12 @@ def _assemble(paths: Mapping[str, MarkovPath], body: TaskBody) -> StateSpace:
     order = [jnp.arange(s.start, s.stop) if p[3] is None else p[3] for s, p in zip(sites, parts, strict=True)]
     moments = Moments(gain, shift, noise, jnp.concatenate(order) if moved else None)
     return StateSpace(
-        Layout(tuple(sites)), jnp.concatenate(means), jnp.concatenate(variances), moments, jnp.concatenate(initials), body
+        Layout(tuple(sites)),
+        jnp.concatenate(means),
+        jnp.concatenate(variances),
+        moments,
+        jnp.concatenate(initials),
+        body,
     )
 
 
@@ -325,4 +351,3 @@ def _flat_permutation(step: Moments, shape: tuple[int, ...], start: int) -> Arra
         return None
     places = jnp.arange(start, start + int(np.prod(shape, dtype=int))).reshape(shape)
     return jnp.ravel(jnp.take(places, step.permutation, axis=step.axis))
-

@@ -109,7 +109,9 @@ def _normal(d: dist.Normal) -> Likelihood:
     outputs = jnp.concatenate([_column(d.loc, d), jnp.log(_column(d.scale, d))], axis=-1)
 
     def factor(_: Array) -> Array:
-        return _diagonal_factor(jnp.concatenate([jnp.exp(-outputs[..., 1:]), jnp.full_like(outputs[..., 1:], jnp.sqrt(2.0))], -1))
+        return _diagonal_factor(
+            jnp.concatenate([jnp.exp(-outputs[..., 1:]), jnp.full_like(outputs[..., 1:], jnp.sqrt(2.0))], -1)
+        )
 
     return Likelihood(outputs, lambda eta: dist.Normal(eta[..., 0], jnp.exp(eta[..., 1])), factor)
 

@@ -87,6 +87,7 @@ class MarkovPath(dist.Distribution):
         return jnp.concatenate([first[None], later])
 
     def sample(self, key, sample_shape=()):
+        assert key is not None
         assert is_prng_key(key)
         dtype = jnp.result_type(self.loc, self.scale, float)
         draws = jax.random.normal(key, (*sample_shape, *self.event_shape), dtype)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 __all__ = ["Leaf", "Moments", "Transition", "step_mean"]
 
@@ -94,13 +95,15 @@ def check_moments(moments: Moments, leaf: Leaf, leading: tuple[int, ...] = ()) -
         if not fits:
             raise ValueError(f"the kernel's {name} for {leaf.path!r} has shape {shape}; it must broadcast to {allowed}")
         value = getattr(moments, name)
-        if not isinstance(value, jax.core.Tracer) and not bool(np.all(np.isfinite(value))):
+        if not isinstance(value, Tracer) and not bool(np.all(np.isfinite(value))):
             raise ValueError(f"the kernel's {name} for {leaf.path!r} is not finite")
-    if not isinstance(moments.noise, jax.core.Tracer) and bool(np.any(np.asarray(moments.noise) < 0)):
+    if not isinstance(moments.noise, Tracer) and bool(np.any(np.asarray(moments.noise) < 0)):
         raise ValueError(f"the kernel's noise for {leaf.path!r} is negative; a variance is accepted, >= 0")
-    if not any(isinstance(m, jax.core.Tracer) for m in (moments.gain, moments.noise)):
-        if bool(np.any((np.asarray(moments.gain) == 0) & (np.asarray(moments.noise) == 0))):
-            raise ValueError(f"the kernel's gain and noise for {leaf.path!r} are both 0 somewhere: no variance would be left")
+    concrete = not any(isinstance(m, Tracer) for m in (moments.gain, moments.noise))
+    if concrete and bool(np.any((np.asarray(moments.gain) == 0) & (np.asarray(moments.noise) == 0))):
+        raise ValueError(
+            f"the kernel's gain and noise for {leaf.path!r} are both 0 somewhere: no variance would be left"
+        )
     if moments.permutation is not None:
         size = leaf.shape[moments.axis] if -len(leaf.shape) <= moments.axis < len(leaf.shape) else None
         shape = jnp.shape(moments.permutation)[len(leading) :]

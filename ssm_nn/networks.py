@@ -75,4 +75,6 @@ def _check(initial: Mapping[str, Any]) -> None:
         raise ValueError("network has no weights: it holds no floating-point array")
     for path, leaf in initial.items():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(f"network: {path!r} has dtype {jnp.result_type(leaf)}; weights must be floating-point arrays")
+            raise ValueError(
+                f"network: {path!r} has dtype {jnp.result_type(leaf)}; weights must be floating-point arrays"
+            )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
 
 __all__ = ["assign"]
 
-Value = TypeVar("Value")
 
-
-def assign(patterns: Mapping[str, Value], paths: Sequence[str], what: str, otherwise: Value | None = None) -> dict[str, Value]:
+def assign[Value](
+    patterns: Mapping[str, Value], paths: Sequence[str], what: str, otherwise: Value | None = None
+) -> dict[str, Value]:
     """Give each path the value of the one pattern that it fits (shell-style: ``"layers.0.*"``).
 
     Args:
@@ -30,7 +29,9 @@ def assign(patterns: Mapping[str, Value], paths: Sequence[str], what: str, other
     for path in paths:
         hits = [pattern for pattern in patterns if fnmatchcase(path, pattern)]
         if len(hits) > 1:
-            raise ValueError(f"{what}: {path!r} matches several patterns, {', '.join(map(repr, hits))}; it must match one")
+            raise ValueError(
+                f"{what}: {path!r} matches several patterns, {', '.join(map(repr, hits))}; it must match one"
+            )
         if not hits and otherwise is None:
             raise ValueError(f"{what}: {path!r} matches none of {', '.join(map(repr, patterns))}; every leaf needs one")
         chosen[path] = patterns[hits[0]] if hits else otherwise  # type: ignore[assignment]

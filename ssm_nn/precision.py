@@ -13,6 +13,7 @@ positive semi-definite: they may be added to a precision, not solved with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import jax.numpy as jnp
@@ -48,7 +49,11 @@ class Precision(Protocol):
         ...
 
     def quadratic(self, x: Array) -> Array:
-        """``x^T Lambda x`` as a sum of squares where the structure allows it, so that it cannot turn negative."""
+        """``x^T Lambda x`` as a sum of squares, so that it cannot turn negative."""
+        ...
+
+    def quadratic_form(self) -> Callable[[Array], Array]:
+        """``quadratic`` prepared for many evaluations: factors are made, and laid out for reading, once."""
         ...
 
     def sample(self, key: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +49,12 @@ class DensePrecision(NamedTuple):
 
     def quadratic(self, x: Array) -> Array:
         """``|L^T x|^2``."""
-        return jnp.sum(jnp.square(jnp.linalg.cholesky(self.matrix).T @ x))
+        return self.quadratic_form()(x)
+
+    def quadratic_form(self) -> Callable[[Array], Array]:
+        """``quadratic`` with the Cholesky factor made once."""
+        upper = jnp.linalg.cholesky(self.matrix).T
+        return lambda x: jnp.sum(jnp.square(upper @ x))
 
     def sample(self, key: Array) -> Array:
         """``L^-T e``."""

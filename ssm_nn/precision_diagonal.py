@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,10 @@ class DiagonalPrecision(NamedTuple):
     def quadratic(self, x: Array) -> Array:
         """``sum d x^2``."""
         return jnp.sum(self.diagonal * jnp.square(x))
+
+    def quadratic_form(self) -> Callable[[Array], Array]:
+        """``quadratic`` itself."""
+        return self.quadratic
 
     def sample(self, key: Array) -> Array:
         """``e / sqrt(d)``."""

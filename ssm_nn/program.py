@@ -109,7 +109,9 @@ def _rebuilt(data, context, mask) -> Task:
     return Task.tree_unflatten(None, (data, context, mask))  # inside a trace: lengths were checked outside
 
 
-def weights(name: str, network: Any, *, prior: dist.Normal | ByPath, transition: Kernel | ByPath | PerTask, num_tasks: int) -> Weights:
+def weights(
+    name: str, network: Any, *, prior: dist.Normal | ByPath, transition: Kernel | ByPath | PerTask, num_tasks: int
+) -> Weights:
     """Declare a network's weights as the latent states of a Gauss-Markov process over tasks.
 
     One site ``name.path`` for each leaf, its distribution a MarkovPath of event shape (T, *leaf).
@@ -128,7 +130,11 @@ def weights(name: str, network: Any, *, prior: dist.Normal | ByPath, transition:
     if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
         raise ValueError(f"num_tasks is {num_tasks!r}; a positive whole number is accepted")
     names = list(made.initial)
-    priors = assign(prior.patterns, names, "prior", prior.otherwise) if isinstance(prior, ByPath) else dict.fromkeys(names, prior)
+    priors = (
+        assign(prior.patterns, names, "prior", prior.otherwise)
+        if isinstance(prior, ByPath)
+        else dict.fromkeys(names, prior)
+    )
     paths: dict[str, Any] = {}
     for path, initial in made.initial.items():
         leaf = _leaf(path, jnp.shape(initial), priors[path])
@@ -162,15 +168,21 @@ def over(networks: Sequence[Weights], tasks: Tasks, observe: Observe) -> None:
 
 def _leaf(path: str, shape: tuple[int, ...], prior: Any) -> Leaf:
     if not isinstance(prior, dist.Normal):
-        raise ValueError(f"prior of {path!r} is {type(prior).__name__}; numpyro's Normal is accepted, or ByPath of them")
-    for what, value in (("mean", prior.loc), ("standard deviation", prior.scale)):
+        raise ValueError(
+            f"prior of {path!r} is {type(prior).__name__}; numpyro's Normal is accepted, or ByPath of them"
+        )
+    loc: Any = prior.loc
+    scale: Any = prior.scale
+    for what, value in (("mean", loc), ("standard deviation", scale)):
         try:
             fits = jnp.broadcast_shapes(jnp.shape(value), shape) == shape
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"prior of {path!r} has a {what} of shape {jnp.shape(value)}; it must broadcast to {shape}")
-    return Leaf(path, shape, prior.loc, prior.scale)
+            raise ValueError(
+                f"prior of {path!r} has a {what} of shape {jnp.shape(value)}; it must broadcast to {shape}"
+            )
+    return Leaf(path, shape, loc, scale)
 
 
 def _path_distribution(leaf: Leaf, transition: Any, names: Sequence[str], num_tasks: int) -> MarkovPath:
@@ -178,7 +190,9 @@ def _path_distribution(leaf: Leaf, transition: Any, names: Sequence[str], num_ta
     if per_task:
         lengths = {jnp.shape(array)[0] if jnp.ndim(array) else None for array in jax.tree.leaves(transition.context)}
         if lengths != {num_tasks}:
-            raise ValueError(f"the context of PerTask has leading axes {lengths}; each must be the number of tasks, {num_tasks}")
+            raise ValueError(
+                f"the context of PerTask has leading axes {lengths}; each must be the number of tasks, {num_tasks}"
+            )
 
         def step(context):
             moments = _moments(transition.kernel(context), leaf, names)

@@ -67,7 +67,9 @@ class Task(_Arrays):
 
     __slots__ = ()
 
-    def __init__(self, data: Mapping[str, Any] | None = None, context: Mapping[str, Any] | None = None, mask: Any = None):
+    def __init__(
+        self, data: Mapping[str, Any] | None = None, context: Mapping[str, Any] | None = None, mask: Any = None
+    ):
         super().__init__(data or {}, context, mask)
         lengths = {name: np.shape(value)[0] if np.ndim(value) else None for name, value in self.data.items()}
         if None in lengths.values():

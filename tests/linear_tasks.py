@@ -67,7 +67,10 @@ def step(rng, kind="any"):
         return gain, shift, noise, order
 
     parts = {path: leaf(size) for path, size in SIZES.items()}
-    return {name: {path: part[i] for path, part in parts.items()} for i, name in enumerate(("gain", "shift", "noise", "order"))}
+    return {
+        name: {path: part[i] for path, part in parts.items()}
+        for i, name in enumerate(("gain", "shift", "noise", "order"))
+    }
 
 
 def tasks_of(seed, kind="any", missing=(), num_tasks=T, size=N):
@@ -85,7 +88,9 @@ def chain_of(tasks):
     """The same as matrices."""
     steps, data = [], []
     for t, task in enumerate(tasks):
-        gain, shift, noise = (np.concatenate([task.context[name][path] for path in SIZES]) for name in ("gain", "shift", "noise"))
+        gain, shift, noise = (
+            np.concatenate([task.context[name][path] for path in SIZES]) for name in ("gain", "shift", "noise")
+        )
         order = np.concatenate([task.context["order"]["first"], 4 + task.context["order"]["second"]])
         if t:
             steps.append((np.diag(gain) @ np.eye(P)[order], shift, np.diag(noise)))

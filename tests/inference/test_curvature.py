@@ -31,8 +31,14 @@ TANH = {"first": np.zeros((D, 2)), "second": np.zeros((2, K))}
 NATURAL = {
     "Categorical": (lambda f: dist.Categorical(logits=f), np.array([0, 2, 1, 1])),
     "Multinomial": (lambda f: dist.Multinomial(5, logits=f), np.array([[5, 0, 0], [1, 2, 2], [0, 4, 1], [2, 2, 1]])),
-    "Bernoulli": (lambda f: dist.Bernoulli(logits=f).to_event(1), np.array([[0, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 1]])),
-    "Binomial": (lambda f: dist.Binomial(4, logits=f).to_event(1), np.array([[0, 1, 4], [3, 1, 0], [2, 2, 2], [1, 0, 1]])),
+    "Bernoulli": (
+        lambda f: dist.Bernoulli(logits=f).to_event(1),
+        np.array([[0, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 1]]),
+    ),
+    "Binomial": (
+        lambda f: dist.Binomial(4, logits=f).to_event(1),
+        np.array([[0, 1, 4], [3, 1, 0], [2, 2, 2], [1, 0, 1]]),
+    ),
     "Poisson": (lambda f: dist.Poisson(jnp.exp(f)).to_event(1), np.array([[0, 1, 4], [3, 1, 0], [2, 2, 2], [1, 0, 1]])),
     "Normal": (lambda f: dist.Normal(f, 0.7).to_event(1), np.linspace(-1, 1, 12).reshape(4, 3)),
 }
@@ -172,7 +178,12 @@ def test_several_sites_add_up():
         net.over(tasks, observe)
 
     rng = np.random.default_rng(2)
-    data = {"x": rng.normal(size=(N, D)), "kind": np.array([0, 1, 1, 0]), "count": np.array([3, 0, 1, 2]), "size": rng.normal(size=N)}
+    data = {
+        "x": rng.normal(size=(N, D)),
+        "kind": np.array([0, 1, 1, 0]),
+        "count": np.array([3, 0, 1, 2]),
+        "size": rng.normal(size=N),
+    }
     found, hessian = information(program, jax.tree.map(jnp.asarray, with_mask(Task(data))), drawn(D * K + K))
     np.testing.assert_allclose(found, hessian, atol=1e-10)
 

@@ -132,7 +132,9 @@ def test_reparametrised_gradients_reach_the_hyper_parameters(key):
 
 
 def sampled(noise=0.5):
-    numpyro.sample("w", MarkovPath(jnp.array(LOC), SCALE, Moments(jnp.array(GAIN), SHIFT, noise, jnp.array(ORDER)), T, LEAF))
+    numpyro.sample(
+        "w", MarkovPath(jnp.array(LOC), SCALE, Moments(jnp.array(GAIN), SHIFT, noise, jnp.array(ORDER)), T, LEAF)
+    )
 
 
 def test_innovations_give_the_same_density_up_to_the_volume():

@@ -34,7 +34,14 @@ def make_case(structure: str, gain=GAIN, noise=NOISE) -> Case:
     seen, columns = rng.uniform(0, 2, P) * (np.arange(P) != 1), rng.normal(size=(P, 7))
     x, wide = rng.normal(size=P), rng.normal(size=(P, 4))
     if structure == "diagonal":
-        return Case(DiagonalPrecision(jnp.array(diagonal)), DiagonalPrecision(jnp.array(seen)), np.diag(diagonal), np.diag(seen), x, wide)
+        return Case(
+            DiagonalPrecision(jnp.array(diagonal)),
+            DiagonalPrecision(jnp.array(seen)),
+            np.diag(diagonal),
+            np.diag(seen),
+            x,
+            wide,
+        )
     rank = 2 if structure == "dense" else int(structure.split()[1])
     factor, columns = factor[:, :rank], columns[:, : min(rank, 2)]
     dense, dense_site = np.diag(diagonal) + factor @ factor.T, np.diag(seen) + columns @ columns.T
@@ -166,7 +173,7 @@ def test_message_is_what_the_next_state_tells_of_this_one(structure):
     assert_close(np.linalg.inv(np.asarray(case.precision.add(message).to_dense())), after)
 
 
-@each
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "rank 0", "rank 7"])
 def test_draws_have_the_stated_covariance(structure, key):
     case, number = make_case(structure), 20_000
 
@@ -208,7 +215,10 @@ def test_large_noise_forgets_the_history_of_its_coordinates_only(structure):
     assert_close(np.diag(after)[forgotten] / 1e9, 1, 1e-7)
     assert np.abs(correlation[forgotten][:, kept]).max() < 1e-4
     assert_close(after[np.ix_(kept, kept)], np.linalg.inv(case.dense)[np.ix_(kept, kept)], 1e-7)
-    assert np.abs(np.asarray(case.precision.smoother_gain(large, jnp.array(np.where(forgotten, case.x, 0.0))))).max() < 1e-7
+    assert (
+        np.abs(np.asarray(case.precision.smoother_gain(large, jnp.array(np.where(forgotten, case.x, 0.0))))).max()
+        < 1e-7
+    )
 
 
 # whitened by the float64 result, hence relative in every direction. A float32 matrix cannot hold that of its small

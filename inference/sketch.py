@@ -1,0 +1,173 @@
+"""The information of a task by a randomised sketch, for networks and tasks whose columns are too many to stream.
+
+The generalised Gauss-Newton matrix of a small batch b is the second moment of one gradient with random signs e,
+
+    v_b = sum_{n in b} J_n^T L_n e_n,   E[v_b v_b^T] = sum_{n in b} J_n^T L_n L_n^T J_n
+
+so that one backward pass over the task gives unbiased columns for all of G. In coordinates whitened by the prediction's
+diagonal D, A = D^-1/2 G D^-1/2:
+
+    range   Q = orth(A_1 Omega), Omega (P, R + oversampling) Gaussian
+    factor  Z = A_2 Q;  A ~ Z (Q^T Z)^-1 Z^T                            (Nystroem, never above A_2)
+
+with A_1 and A_2 from independent signs, so that the factor's size is not fitted to the noise that chose its range; the rest
+of the diagonal of A_2 goes to the diagonal. Sources: Halko, Martinsson, Tropp 2011 (arXiv 0909.4061); Tropp, Yurtsever,
+Udell, Cevher 2017 (arXiv 1706.05736).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssm_nn.extract import StateSpace
+from ssm_nn.inference.batches import index_batches, rows, single
+from ssm_nn.inference.curvature import Information, summed_log_likelihood
+from ssm_nn.inference.structures import Diagonal, LowRank, Structure
+from ssm_nn.precision_diagonal import DiagonalPrecision
+from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
+from ssm_nn.tasks import Task
+
+__all__ = ["SketchedCurvature"]
+
+Array = Any
+
+_COLUMNS_TOGETHER = 50  # one product with 50 columns costs little more than with one: the image is read once
+
+
+@dataclass(frozen=True)
+class SketchedCurvature:
+    """Sketch of the information, O(n P (R + oversampling) / column_batch) for n examples, whatever the number of outputs.
+
+    The evidence takes what is outside the factor by its diagonal, which bounds its log-determinant from above
+    (Hadamard): the log evidence is a lower bound of Laplace's, up to the sketch's noise.
+
+    Args:
+        examples: n, drawn from the task and scaled up to it; a task of fewer is used whole.
+        oversampling: columns of the sketch beyond the rank.
+        column_batch: examples behind one random column. An entry of the diagonal has the relative standard error
+            ``sqrt(2 column_batch / n)`` at most.
+    """
+
+    examples: int = 10_000
+    oversampling: int = 10
+    column_batch: int = 20
+
+    def __post_init__(self):
+        for name in ("examples", "column_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a whole number >= 1 is accepted")
+        if self.oversampling < 0:
+            raise ValueError(f"oversampling is {self.oversampling}; a whole number >= 0 is accepted")
+
+    def gather(
+        self,
+        space: StateSpace,
+        structure: Structure,
+        theta: Array,
+        task: Task,
+        predicted: Any,
+        power: Array,
+        key: Array,
+    ) -> Information:
+        """Sketch the whitened information, split it into factor and diagonal, and bound its log-determinant."""
+        if not isinstance(structure, LowRank | Diagonal):
+            raise ValueError(f"SketchedCurvature serves LowRank and Diagonal, not {structure}; use ExactCurvature")
+        rank = structure.rank if isinstance(structure, LowRank) else 0
+        subset_key, first_key, second_key, omega_key = jax.random.split(key, 4)
+        columns, scale = self._small_batches(task, subset_key)
+        if rank and columns.shape[0] * columns.shape[1] < 4 * (rank + self.oversampling):
+            raise ValueError(
+                f"column_batch is {self.column_batch}: the task gives {columns.shape[0] * columns.shape[1]} random columns, "
+                f"too few for rank {rank}; four for each of rank + oversampling are needed, from a smaller column_batch"
+            )
+        scale = scale * power
+        metric = predicted.precision_diagonal()
+        whiten = jax.lax.rsqrt(metric)
+        width = min(rank + self.oversampling, theta.shape[0]) if rank else 0
+        basis = jnp.zeros((theta.shape[0], 0), theta.dtype)
+        if rank:
+            omega = jax.random.normal(omega_key, (theta.shape[0], width), theta.dtype)
+            _, image = self._pass(space, theta, task, columns, whiten, omega, first_key)
+            basis, _ = jnp.linalg.qr(image)
+        squares, image = self._pass(space, theta, task, columns, whiten, basis, second_key)
+        diagonal = scale * metric * squares
+        if not isinstance(structure, LowRank):
+            gain = jnp.sum(jnp.log1p(diagonal / metric))
+            return Information(DiagonalPrecision(diagonal), gain, jnp.ones((), theta.dtype))
+        factor = jnp.sqrt(scale * metric)[:, None] * _nystroem(basis, image)
+        kept = compress(factor, metric, rank)
+        rest = jnp.maximum(diagonal - jnp.sum(jnp.square(kept.factor), axis=1), 0.0)
+        gain = predicted.add(DiagonalPlusLowRank(rest, kept.factor)).logdet() - predicted.logdet()
+        share = jnp.sum(rest / metric) / jnp.maximum(jnp.sum(diagonal / metric), jnp.finfo(theta.dtype).tiny)
+        site = DiagonalPlusLowRank(rest if structure.keep_diagonal else jnp.zeros_like(rest), kept.factor)
+        return Information(site, gain, share)
+
+    def log_likelihood_and_gradient(self, space: StateSpace, theta: Array, task: Task) -> tuple[Array, Array]:
+        """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""
+        if task.num_examples <= self.examples:
+            return summed_log_likelihood(space, theta, task, jax.value_and_grad)
+        part = rows(task, jnp.arange(self.examples))
+        _, gradient = summed_log_likelihood(space, theta, part, jax.value_and_grad)
+        counted = jnp.sum(task.mask) / jnp.maximum(jnp.sum(part.mask), 1)
+        return summed_log_likelihood(space, theta, task), gradient * counted
+
+    def _small_batches(self, task: Task, key: Array) -> tuple[Array, Array]:
+        """Indices (groups, columns, column_batch) of examples drawn without replacement, and what one of them counts."""
+        total = task.num_examples
+        chosen = jnp.arange(total)
+        if total > self.examples:
+            chosen = jax.random.permutation(key, total)[: self.examples]
+        columns = index_batches(chosen, min(self.column_batch, total), total)
+        together = min(_COLUMNS_TOGETHER, columns.shape[0])
+        groups = index_batches(columns.ravel(), together * columns.shape[1], total)
+        counted = jnp.sum(jnp.take(task.mask, chosen, mode="clip"))
+        scale = jnp.sum(task.mask) / jnp.maximum(counted, 1)
+        return groups.reshape(-1, together, columns.shape[1]), scale
+
+    def _pass(
+        self, space: StateSpace, theta: Array, task: Task, columns: Array, whiten: Array, directions: Array, key: Array
+    ) -> tuple[Array, Array]:
+        """diag(A) (P,) and ``A directions`` (P, S) from one pass over the examples, each counted once."""
+        rows_of_directions = jax.lax.optimization_barrier(directions.T)  # read along P, as for the quadratic form
+
+        def step(carry, inputs):
+            squares, image = carry
+            white = jax.vmap(partial(self._column, space, theta, task))(*inputs) * whiten  # (columns, P)
+            image = image + (rows_of_directions @ white.T) @ white
+            return (squares + jnp.sum(jnp.square(white), axis=0), image), None
+
+        start = (jnp.zeros_like(theta), jnp.zeros_like(rows_of_directions))
+        (squares, image), _ = jax.lax.scan(step, start, (columns, jax.random.split(key, columns.shape[:2])))
+        return squares, image.T
+
+    @staticmethod
+    def _column(space: StateSpace, theta: Array, task: Task, indices: Array, key: Array) -> Array:
+        """``sum_n J_n^T L_n e_n`` (P,) over a small batch of ``task``, with random signs e."""
+        batch = rows(task, indices)
+
+        def outputs(weights):
+            return jax.vmap(lambda data, mask: space.outputs(weights, single(batch, data, mask)))(
+                batch.data, batch.mask
+            )
+
+        factors = jax.vmap(lambda data, mask: space.output_factor(theta, single(batch, data, mask)))(
+            batch.data, batch.mask
+        )
+        at_theta, pull = jax.vjp(outputs, theta)
+        signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
+        return pull(jnp.einsum("nkc,nc->nk", factors, signs))[0]
+
+
+def _nystroem(basis: Array, image: Array) -> Array:
+    """B (P, S) with ``B B^T = Z (Q^T Z)^+ Z^T`` for Q = basis, Z = image = A Q."""
+    core = basis.T @ image
+    values, vectors = jnp.linalg.eigh((core + core.T) / 2)
+    # directions in which the core is rounding error would be blown up by its inverse root
+    floor = jnp.finfo(image.dtype).eps * core.shape[0] * jnp.max(jnp.abs(values), initial=0.0)
+    inverse_root = jnp.where(values > floor, jax.lax.rsqrt(jnp.maximum(values, floor)), 0.0)
+    return image @ (vectors * inverse_root)

@@ -1,0 +1,68 @@
+"""The tables that ``ssm-nn run`` prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ssm_nn.command_evaluate import LAST, LEARNT, SMOOTHED
+from ssm_nn.command_summary import Summary, shown
+
+__all__ = ["print_summary"]
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """Accuracy in the three views, calibration, and what the evidence chose."""
+    s = summary.settings
+    spread = f", mean ± sd of {summary.seeds} seeds" if summary.seeds > 1 else ", one seed"
+    console.print()
+    console.print(_accuracy(summary, f"Accuracy, % (mean of {s.tasks} tasks{spread})"))
+    console.print()
+    console.print(_calibration(summary, f"Predicted probabilities (mean of {s.tasks} tasks{spread})"))
+    console.print()
+    console.print(Text(summary.evidence_sentence()))
+    for sentence in summary.warnings[:5]:
+        console.print(Text(f"Warning: {sentence}", style="yellow"))
+    if len(summary.warnings) > 5:
+        console.print(Text(f"... and {len(summary.warnings) - 5} more warnings, see the report.", style="yellow"))
+
+
+def _accuracy(summary: Summary, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in (
+        "task just\nlearnt",
+        "smoothed\nbelief",
+        "last belief,\nall tasks",
+        "forgetting",
+        "log evidence,\nnats",
+    ):
+        table.add_column(heading, justify="right")
+    for line in summary.lines:
+        cells = [
+            shown(summary.spread(line, view, "accuracy") if view in line.views else None, ".1f", 100)
+            for view in (LEARNT, SMOOTHED, LAST)
+        ]
+        cells += [
+            shown(None if line.label == "joint training" else summary.forgetting(line), ".1f", 100),
+            shown(summary.log_evidence(line), ".1f"),
+        ]
+        table.add_row(line.label, *cells)
+    return table
+
+
+def _calibration(summary: Summary, title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("judged")
+    for heading in ("NLL at the\nmean weights", "NLL averaged\nover the belief", "ECE at\nthe mean", "ECE\naveraged"):
+        table.add_column(heading, justify="right")
+    for line in summary.lines:
+        for view in line.views:
+            cells = [
+                shown(summary.spread(line, view, metric), ".3f")
+                for metric in ("nll", "nll_averaged", "ece", "ece_averaged")
+            ]
+            table.add_row(line.label, view, *cells)
+    return table
