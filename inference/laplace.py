@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -69,8 +70,10 @@ class LaplaceFilter:
     ):
         if not callable(program):
             raise ValueError(f"program is {program!r}; a NumPyro program, a function of the tasks, is accepted")
-        if not power > 0:
-            raise ValueError(f"power is {power}; a number > 0 is accepted")
+        if not 0 < power < float("inf"):
+            raise ValueError(f"power is {power}; a finite number > 0 is accepted")
+        if structure is not None and not hasattr(structure, "no_information"):
+            raise ValueError(f"structure is {structure!r}; LowRank(rank), Diagonal() and Dense() are accepted")
         self.program = program
         self.structure = LowRank(20) if structure is None else structure
         self.hypers = _strongly_typed(hypers or {})
@@ -96,7 +99,7 @@ class LaplaceFilter:
             key: a ``jax.random.key``, or a whole number taken as its seed.
             task: the first task.
         """
-        key = jax.random.key(key) if isinstance(key, int) else key
+        key = jax.random.key(int(key)) if isinstance(key, Integral) else key
         task = as_task(task)
         check_task(task)
         extract(self.program, task, self.hypers)  # raises on values that an abstract trace would not see
@@ -158,6 +161,10 @@ class LaplaceFilter:
             tasks: a stack, a list or any iterator of tasks.
             progress: called after each task with its index, the state and the Info.
         """
+        if isinstance(tasks, Mapping) and not isinstance(tasks, Tasks):
+            raise ValueError(
+                "tasks is a mapping; a stack made by stack_tasks, a list or an iterator of tasks is accepted"
+            )
         stream = (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else iter(tasks)
         state, states, infos, layout, template = None, [], [], None, None
         for t, raw in enumerate(stream):

@@ -264,11 +264,11 @@ def _moments(distribution: dist.Distribution) -> tuple[Array, Array]:
     """Mean and variance; of the class number for categorical likelihoods, which have none of their own."""
     by_class = class_log_probabilities(distribution)
     if by_class is None:
-        return distribution.mean, distribution.variance
+        return jnp.asarray(distribution.mean), jnp.asarray(distribution.variance)
     numbers = jnp.arange(by_class.shape[-1])
     probabilities = jnp.exp(by_class)
-    mean: Any = probabilities @ numbers
-    return mean, probabilities @ jnp.square(numbers) - jnp.square(mean)
+    mean = jnp.sum(probabilities * numbers, axis=-1)
+    return mean, jnp.sum(probabilities * jnp.square(numbers - mean[..., None]), axis=-1)
 
 
 def class_log_probabilities(distribution: dist.Distribution) -> Array | None:

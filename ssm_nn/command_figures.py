@@ -27,8 +27,8 @@ BLUE, ORANGE, GREEN, PURPLE, GREY, SKY = "#0072B2", "#D55E00", "#009E73", "#AA44
 COLOURS = {
     "fine-tuning": ORANGE,
     "static filter": GREY,
-    "filter, kernel by evidence": BLUE,
-    "smoother, same kernel": GREEN,
+    "chosen filter": BLUE,
+    "smoother": GREEN,
     "joint training": PURPLE,
 }
 STYLE: dict[Any, Any] = {
@@ -87,7 +87,7 @@ def _band(
 
 def accuracy_matrices(summary: Summary) -> str:
     """A[i, j] for fine-tuning, the static filter and the chosen filter, mean over seeds."""
-    lines = [line for line in summary.lines if line.label not in ("smoother, same kernel", "joint training")]
+    lines = [line for line in summary.lines if line.label not in ("smoother", "joint training")]
     matrices = [100 * np.mean(summary.matrix(line), axis=0) for line in lines]
     size = summary.settings.tasks
     with mpl.rc_context(WITHOUT_GRID):
@@ -124,13 +124,13 @@ def forgetting_curves(summary: Summary) -> str:
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(3.5, 2, sharey=True)
         for line in summary.lines:
-            if line.label in ("smoother, same kernel", "joint training"):
+            if line.label in ("smoother", "joint training"):
                 continue
             matrices = summary.matrix(line)
             ages = [[np.mean([m[j + age, j] for j in range(size - age)]) for age in range(size)] for m in matrices]
             _band(left, range(size), np.array(ages), COLOURS[line.label], line.label)
             _band(right, range(1, size + 1), matrices[:, -1, :], COLOURS[line.label], line.label)
-        smoother = _line(summary, "smoother, same kernel")
+        smoother = _line(summary, "smoother")
         assert smoother is not None
         smoothed = summary.by_task(smoother, SMOOTHED, "accuracy")
         colour = COLOURS[smoother.label]
@@ -154,19 +154,25 @@ def views_by_task(summary: Summary) -> str:
     size = summary.settings.tasks
     with mpl.rc_context(STYLE):
         figure, (axes, gain) = _figure(3.4, 2)
-        shown = [("fine-tuning", LEARNT), ("filter, kernel by evidence", LEARNT), ("smoother, same kernel", SMOOTHED)]
+        shown = [("fine-tuning", LEARNT), ("chosen filter", LEARNT), ("smoother", SMOOTHED)]
         found: dict[str, np.ndarray] = {}
         for label, view in shown:
             line = _line(summary, label)
             assert line is not None
             found[label] = summary.by_task(line, view, "accuracy")
-            _band(axes, range(1, size + 1), found[label], COLOURS[label], f"{label.split(',')[0]}, {view}")
+            _band(
+                axes,
+                range(1, size + 1),
+                found[label],
+                COLOURS[label],
+                label if view == SMOOTHED else f"{label}, {view}",
+            )
         axes.set_title("Each task by its own belief")
         axes.set_xlabel("task")
         axes.set_ylabel("accuracy, %")
         _tasks(axes, size)
         axes.legend(loc="lower right")
-        difference = found["smoother, same kernel"] - found["filter, kernel by evidence"]
+        difference = found["smoother"] - found["chosen filter"]
         gain.axhline(0, color="#444444", linewidth=1)
         _band(gain, range(1, size + 1), difference, GREEN, "")
         gain.set_title("Gained by smoothing")
@@ -246,12 +252,12 @@ def calibration(filtered: Sequence[Arrays], tuned: Sequence[Arrays], joint: Sequ
         "At the mean weights": [
             ("fine-tuning, just learnt", ORANGE, pooled(tuned, "at_mean")),
             ("filter, just learnt", BLUE, pooled(filtered, f"{LEARNT} at_mean")),
-            ("smoother, smoothed", GREEN, pooled(filtered, f"{SMOOTHED} at_mean")),
+            ("smoother", GREEN, pooled(filtered, f"{SMOOTHED} at_mean")),
             ("joint training, last", PURPLE, pooled(joint, "at_mean")),
         ],
         "Averaged over the belief": [
             ("filter, just learnt", BLUE, pooled(filtered, f"{LEARNT} averaged")),
-            ("smoother, smoothed", GREEN, pooled(filtered, f"{SMOOTHED} averaged")),
+            ("smoother", GREEN, pooled(filtered, f"{SMOOTHED} averaged")),
             ("filter, last", SKY, pooled(filtered, f"{LAST} averaged")),
         ],
     }

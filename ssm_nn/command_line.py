@@ -352,20 +352,18 @@ def _compare_versions(console: Console, made_with: dict[str, str]) -> None:
 def _with_progress(console: Console, experiment: Experiment) -> None:
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
+        TaskProgressColumn,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=8),
+        TaskProgressColumn(),
         TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     )
     settings = experiment.settings
     done: dict[tuple[int, str], int] = {}
@@ -375,8 +373,8 @@ def _with_progress(console: Console, experiment: Experiment) -> None:
         def show(seed: int, method: str, task: int, accuracy: float, log_evidence: float) -> None:
             done[seed, method] = max(done.get((seed, method), 0), task + 1)
             numbers = f"accuracy {accuracy:.1%}" if accuracy == accuracy else ""
-            numbers += f", log evidence {log_evidence:.1f}" if log_evidence == log_evidence else ""
-            description = f"seed {seed + 1}/{settings.seeds}, {method}, task {task + 1}/{settings.tasks}"
+            numbers += f", evidence {log_evidence:.1f}" if log_evidence == log_evidence else ""
+            description = f"seed {seed + 1}/{settings.seeds} {method} task {task + 1}/{settings.tasks}"
             progress.update(bar, completed=sum(done.values()), description=description, numbers=numbers)
 
         experiment.report = show

@@ -114,7 +114,7 @@ def _lead(settings: Settings, over: str) -> str:
 
 def _findings(summary: Summary) -> list[str]:
     lines = {line.label: line for line in summary.lines}
-    tuned, chosen, smoother = (lines[n] for n in ("fine-tuning", "filter, kernel by evidence", "smoother, same kernel"))
+    tuned, chosen, smoother = (lines[n] for n in ("fine-tuning", "chosen filter", "smoother"))
 
     def per_cent(line: Any, view: str) -> str:
         return shown(summary.spread(line, view, "accuracy"), ".1f", 100) + " %"

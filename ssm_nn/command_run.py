@@ -25,9 +25,11 @@ from ssm_nn.extract import describe, extract
 from ssm_nn.inference.baselines import FineTuning, JointTraining, TrainingState
 from ssm_nn.inference.beliefs import Filtered, FilterState, Info
 from ssm_nn.inference.checkpoints import load, replacing, save
+from ssm_nn.inference.curvature import ExactCurvature
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
 from ssm_nn.inference.minibatch import Minibatch
+from ssm_nn.inference.sketch import SketchedCurvature
 from ssm_nn.inference.smoothing import smooth, smooth_means
 from ssm_nn.inference.structures import Dense, Diagonal, LowRank
 from ssm_nn.models.datasets import load as load_data
@@ -93,8 +95,7 @@ class Experiment:
     @cached_property
     def estimator(self) -> Any:
         """L-BFGS on the whole task where it is small, else Adam on mini-batches."""
-        labels = self.settings.labels or self._smallest_task()
-        if labels <= WHOLE_TASK_LABELS:
+        if not self._in_batches:
             return Lbfgs()
         return Minibatch(optax.adam(1e-3), epochs=self.settings.epochs, batch_size=self.settings.batch_size)
 
@@ -107,6 +108,7 @@ class Experiment:
             structure[self.settings.engine](),
             hypers=self._hypers(self.kernels[0]),
             estimator=self.estimator,
+            curvature=SketchedCurvature() if self._in_batches else ExactCurvature(),
         )
 
     @cached_property
@@ -120,9 +122,11 @@ class Experiment:
         """A task to trace with."""
         return as_task(self.stream(0).train[0])
 
-    def _smallest_task(self) -> int:
+    @cached_property
+    def _in_batches(self) -> bool:
+        """Whether a task is too large to be read whole at every step."""
         tasks = self.settings.tasks if self.settings.shift == "split" else 1
-        return len(self.dataset.train_x) // tasks
+        return (self.settings.labels or len(self.dataset.train_x) // tasks) > WHOLE_TASK_LABELS
 
     def _hypers(self, kernel: Kernel) -> dict[str, Array]:
         # float, not a weak type: a kernel of another type would be compiled again
@@ -180,16 +184,17 @@ class Experiment:
         last = len(means) - 1
         final = [self.evaluator.at_mean(means[-1], task) for task in stream.test]
         learnt = [self.evaluator.at_mean(mean, task) for mean, task in zip(means, stream.test, strict=True)]
-        rows = matrix_rows(matrix) + view_rows(LAST, [last] * len(means), final, stream)
-        rows += view_rows(LEARNT, range(len(means)), learnt, stream)
+        rows = view_rows(LAST, [last] * len(means), final, stream)
+        if method == FINE_TUNING or not self._in_batches:
+            rows += matrix_rows(matrix) + view_rows(LEARNT, range(len(means)), learnt, stream)
         shown = learnt if method == FINE_TUNING else final
-        self.folder.write_result(seed, method, {"rows": rows}, {"at_mean": np.stack(shown), "y": _labels(stream)})
+        self.folder.write_result(seed, method, {"rows": rows}, {"at_mean": np.concatenate(shown), "y": _labels(stream)})
         self.folder.drop_checkpoints(seed, method)
 
     def _train(self, trainer: Any, state: TrainingState, stream: TaskStream, t: int) -> TrainingState:
         if isinstance(trainer, FineTuning):
             return trainer.update(state, stream.train[t])[0]
-        if isinstance(self.estimator, Minibatch) and t < len(stream) - 1:
+        if self._in_batches and t < len(stream) - 1:
             return state._replace(step=state.step + 1)  # every prefix would cost T / 2 times the last
         tasks = [stream.train[i] for i in range(t + 1)]
         return trainer.update(state, tasks, self._joint_size(stream))[0]

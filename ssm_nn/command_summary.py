@@ -87,8 +87,8 @@ class Summary:
         lines = [Line("fine-tuning", FINE_TUNING, ("",) * self.seeds, (LEARNT, LAST))]
         if any(kernel.name == STATIC for kernel in self.kernels):
             lines.append(Line("static filter", FILTER, (STATIC,) * self.seeds, (LEARNT, LAST)))
-        lines.append(Line("filter, kernel by evidence", FILTER, tuple(self.chosen), (LEARNT, LAST)))
-        lines.append(Line("smoother, same kernel", FILTER, tuple(self.chosen), (SMOOTHED,)))
+        lines.append(Line("chosen filter", FILTER, tuple(self.chosen), (LEARNT, LAST)))
+        lines.append(Line("smoother", FILTER, tuple(self.chosen), (SMOOTHED,)))
         lines.append(Line("joint training", JOINT, ("",) * self.seeds, (LAST,)))
         return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,7 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(_accuracy(summary, f"Accuracy, % (mean of {s.tasks} tasks{spread})"))
     console.print()
     console.print(_calibration(summary, f"Predicted probabilities (mean of {s.tasks} tasks{spread})"))
+    console.print(Text("At the belief's mean weights, and averaged over the belief (linearised network)."))
     console.print()
     console.print(Text(summary.evidence_sentence()))
     for sentence in summary.warnings[:5]:
@@ -28,17 +30,15 @@ def print_summary(console: Console, summary: Summary) -> None:
         console.print(Text(f"... and {len(summary.warnings) - 5} more warnings, see the report.", style="yellow"))
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
+
+
 def _accuracy(summary: Summary, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in (
-        "task just\nlearnt",
-        "smoothed\nbelief",
-        "last belief,\nall tasks",
-        "forgetting",
-        "log evidence,\nnats",
-    ):
-        table.add_column(heading, justify="right")
+    table = _table(title)
+    table.add_column("", no_wrap=True)
+    for heading in ("just\nlearnt", "smoothed\n", "last, on\nall tasks", "forgetting\n", "log\nevidence"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for line in summary.lines:
         cells = [
             shown(summary.spread(line, view, "accuracy") if view in line.views else None, ".1f", 100)
@@ -53,15 +53,15 @@ def _accuracy(summary: Summary, title: str) -> Table:
 
 
 def _calibration(summary: Summary, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("judged")
-    for heading in ("NLL at the\nmean weights", "NLL averaged\nover the belief", "ECE at\nthe mean", "ECE\naveraged"):
-        table.add_column(heading, justify="right")
+    table = _table(title)
+    table.add_column("", no_wrap=True)
+    table.add_column("judged", no_wrap=True)
+    for heading in ("NLL at\nthe mean", "NLL\naveraged", "ECE at\nthe mean", "ECE\naveraged"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for line in summary.lines:
         for view in line.views:
             cells = [
-                shown(summary.spread(line, view, metric), ".3f")
+                shown(summary.spread(line, view, metric), ".2f")
                 for metric in ("nll", "nll_averaged", "ece", "ece_averaged")
             ]
             table.add_row(line.label, view, *cells)

@@ -160,6 +160,9 @@ def over(networks: Sequence[Weights], tasks: Tasks, observe: Observe) -> None:
     for net in networks:
         if net.num_tasks != len(tasks):
             raise ValueError(f"num_tasks is {net.num_tasks} for {net.name!r}, but there are {len(tasks)} tasks")
+    names = [net.name for net in networks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"networks has the names {names}; each network is passed once")
     one = len(tasks) == 1
     still = {net.name: {p: v[0] for p, v in net.paths.items() if v.shape[0] == 1 and not one} for net in networks}
     moving = {net.name: {p: v for p, v in net.paths.items() if p not in still[net.name]} for net in networks}
@@ -171,18 +174,13 @@ def _leaf(path: str, shape: tuple[int, ...], prior: Any) -> Leaf:
         raise ValueError(
             f"prior of {path!r} is {type(prior).__name__}; numpyro's Normal is accepted, or ByPath of them"
         )
-    loc: Any = prior.loc
-    scale: Any = prior.scale
-    for what, value in (("mean", loc), ("standard deviation", scale)):
-        try:
-            fits = jnp.broadcast_shapes(jnp.shape(value), shape) == shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"prior of {path!r} has a {what} of shape {jnp.shape(value)}; it must broadcast to {shape}"
-            )
-    return Leaf(path, shape, loc, scale)
+    try:
+        fits = jnp.broadcast_shapes(prior.batch_shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"prior of {path!r} has the batch shape {prior.batch_shape}; it must broadcast to {shape}")
+    return Leaf(path, shape, prior.loc, prior.scale)
 
 
 def _path_distribution(leaf: Leaf, transition: Any, names: Sequence[str], num_tasks: int) -> MarkovPath:

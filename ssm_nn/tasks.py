@@ -133,7 +133,9 @@ def stack_tasks(tasks: Tasks) -> Tasks: ...
 @overload
 def stack_tasks(tasks: Iterable[Task | Mapping[str, Any]]) -> Tasks: ...
 def stack_tasks(tasks):
-    """Stack tasks into arrays (T, N, ...), padding the shorter ones with zeros under a mask (T, N).
+    """Stack tasks into arrays (T, N, ...), the shorter ones filled with copies of an example under a mask (T, N).
+
+    Copies, not zeros: a zero may lie outside a likelihood's support, and its gradient is not finite even under a mask.
 
     Raises:
         ValueError: if there is no task, or tasks differ in their names, dtypes or trailing shapes.
@@ -146,14 +148,12 @@ def stack_tasks(tasks):
     check_alike(listed)
     longest = max(task.num_examples for task in listed)
     ragged = any(task.num_examples != longest or task.mask is not None for task in listed)
-    with_data = next((task for task in listed if task.data), listed[0])
+    with_data = next((task for task in listed if task.num_examples), listed[0])
 
     def padded(task: Task, name: str) -> np.ndarray:
-        example = np.asarray(with_data[name])
-        rows = np.zeros((longest, *example.shape[1:]), example.dtype)
-        if task.data:
-            rows[: task.num_examples] = task[name]
-        return rows
+        own = np.asarray((task if task.num_examples else with_data)[name])
+        filling = np.repeat(own[:1], longest - (len(own) if task.num_examples else 0), axis=0)
+        return np.concatenate([own, filling]) if task.num_examples else filling
 
     def counted(task: Task) -> np.ndarray:
         row = np.zeros(longest, bool)
