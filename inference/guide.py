@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
-from numpyro.distributions.util import is_prng_key
 
 from ssm_nn.inference.draws import leaves_of_path
 from ssm_nn.inference.smoothing import Smoothed
@@ -39,7 +38,6 @@ class PathPosterior(dist.Distribution):
 
     def sample(self, key, sample_shape=()):
         assert key is not None
-        assert is_prng_key(key)
         if sample_shape == ():
             return self.smoothed.sample_path(key)
         count = 1

@@ -283,6 +283,5 @@ def class_log_probabilities(distribution: dist.Distribution) -> Array | None:
 
 
 def _entropy(log_probabilities: Array) -> Array:
-    return -jnp.sum(
-        jnp.exp(log_probabilities) * jnp.where(log_probabilities > -jnp.inf, log_probabilities, 0.0), axis=-1
-    )
+    finite = jnp.where(log_probabilities > -jnp.inf, log_probabilities, 0.0)
+    return jnp.sum(-finite * jnp.exp(log_probabilities), axis=-1)

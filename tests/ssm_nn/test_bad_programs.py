@@ -218,7 +218,7 @@ def test_transitions(transition, message):
     [
         (dist.Laplace(0.0, 1.0), "prior of 'bias' is Laplace; numpyro's Normal is accepted"),
         (1.0, "prior of 'bias' is float"),
-        (dist.Normal(jnp.zeros(5), 1.0), "prior of 'bias' has a mean of shape (5,); it must broadcast to (3,)"),
+        (dist.Normal(jnp.zeros(5), 1.0), "prior of 'bias' has the batch shape (5,); it must broadcast to (3,)"),
         (dist.Normal(0.0, jnp.ones((2, 3))), "; it must broadcast to (3,)"),
     ],
 )
