@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ssm_nn.extract import extract
+from ssm_nn.extraction import extract
 from ssm_nn.inference.curvature import factor_columns
 from ssm_nn.inference.gauss_newton import GaussNewton
 from ssm_nn.inference.lbfgs import Lbfgs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from ssm_nn.extract import Layout, Program
+from ssm_nn.extraction import Layout, Program
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE
 from ssm_nn.inference.structures import Structure
 from ssm_nn.moments import Moments

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.extract import StateSpace
+from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import with_mask
 from ssm_nn.tasks import Task
 

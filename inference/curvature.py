@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extract import StateSpace
+from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import batched, index_batches, one_batch, rows, single
 from ssm_nn.inference.structures import Structure
 from ssm_nn.tasks import Task
@@ -133,20 +133,23 @@ class ExactCurvature:
         del key
         batches = batched(task, self._batch(space, task))
         metric = predicted.precision_diagonal()
-        start = structure.no_information(theta.shape[0], theta.dtype)
 
-        def step(carry, inputs):
-            site, gain, share = carry
-            new = jnp.sqrt(power) * columns(space, theta, one_batch(batches, *inputs))
-            gram = new.T @ predicted.add(site).solve(new)
-            root = jnp.linalg.cholesky(jnp.eye(new.shape[1], dtype=new.dtype) + gram)
+        def absorb(site: Any, chunk: Any) -> Information:
+            new = jnp.sqrt(power) * columns(space, theta, one_batch(batches, *chunk))
+            so_far = predicted if site is None else predicted.add(site)
+            root = jnp.linalg.cholesky(jnp.eye(new.shape[1], dtype=new.dtype) + new.T @ so_far.solve(new))
             cut = structure.gather(site, new, metric)
-            gain = gain + 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
-            return (cut.precision, gain, jnp.maximum(share, cut.dropped_share)), None
+            return Information(cut.precision, 2 * jnp.sum(jnp.log(jnp.diagonal(root))), cut.dropped_share)
 
-        zero = jnp.zeros((), theta.dtype)
-        (site, gain, share), _ = jax.lax.scan(step, (start, zero, zero), (batches.data, batches.mask))
-        return Information(site, gain, share)
+        def step(total: Information, chunk: Any) -> tuple[Information, None]:
+            added = absorb(total.site, chunk)
+            gain, share = total.logdet_gain + added.logdet_gain, jnp.maximum(total.dropped_share, added.dropped_share)
+            return Information(added.site, gain, share), None
+
+        # the first chunk meets no site: columns of zeros would be decomposed for nothing
+        first, rest = (jax.tree.map(part, (batches.data, batches.mask)) for part in (lambda a: a[0], lambda a: a[1:]))
+        information, _ = jax.lax.scan(step, absorb(None, first), rest)
+        return information
 
     def log_likelihood_and_gradient(self, space: StateSpace, theta: Array, task: Task) -> tuple[Array, Array]:
         """Both over all examples, in chunks."""

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.extract import Layout
+from ssm_nn.extraction import Layout
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.draws import collect, observed_values, posterior_draw, prior_draw
 from ssm_nn.inference.smoothing import Smoothed, filter_statistics

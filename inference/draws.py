@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.extract import Layout, Program, extract, path_distributions
+from ssm_nn.extraction import Layout, Program, extract, path_distributions
 from ssm_nn.inference.smoothing import Smoothed
 from ssm_nn.tasks import Task, Tasks
 

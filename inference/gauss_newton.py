@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extract import extract
+from ssm_nn.extraction import extract
 from ssm_nn.inference.curvature import columns
 from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, MapProblem, MapResult
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extract import Layout, Program, StateSpace, describe, extract
+from ssm_nn.extraction import Layout, Program, StateSpace, describe, extract
 from ssm_nn.inference.automatic import AutomaticEstimator
 from ssm_nn.inference.batches import with_mask, without_masked
 from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssm_nn.extract import extract
+from ssm_nn.extraction import extract
 from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, MapProblem, MapResult, norm
 
 __all__ = ["Lbfgs"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extract import StateSpace
+from ssm_nn.extraction import StateSpace
 from ssm_nn.tasks import Task
 
 __all__ = ["CONVERGED", "FIXED_BUDGET", "NOT_CONVERGED", "NOT_FINITE", "MapEstimator", "MapProblem", "MapResult"]

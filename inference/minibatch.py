@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssm_nn.extract import extract
+from ssm_nn.extraction import extract
 from ssm_nn.inference.batches import index_batches, rows
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE, MapProblem, MapResult
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from ssm_nn.extract import Program, StateSpace, extract
+from ssm_nn.extraction import Program, StateSpace, extract
 from ssm_nn.inference.batches import batched, single, with_mask
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.likelihoods import likelihood_of
@@ -278,7 +278,8 @@ def class_log_probabilities(distribution: dist.Distribution) -> Array | None:
     if isinstance(distribution, dist.CategoricalLogits):
         return jax.nn.log_softmax(distribution.logits)
     if isinstance(distribution, dist.BernoulliLogits):
-        return jnp.stack([jax.nn.log_sigmoid(-distribution.logits), jax.nn.log_sigmoid(distribution.logits)], axis=-1)
+        logits = jnp.asarray(distribution.logits)
+        return jnp.stack([jax.nn.log_sigmoid(-logits), jax.nn.log_sigmoid(logits)], axis=-1)
     return None
 
 

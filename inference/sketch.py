@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extract import StateSpace
+from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows, single
 from ssm_nn.inference.curvature import Information, summed_log_likelihood
 from ssm_nn.inference.structures import Diagonal, LowRank, Structure

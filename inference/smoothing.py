@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extract import Layout
+from ssm_nn.extraction import Layout
 from ssm_nn.inference.beliefs import Belief, Filtered, Info
 from ssm_nn.inference.structures import Structure
 from ssm_nn.moments import Moments

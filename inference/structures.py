@@ -39,7 +39,7 @@ class Structure(Protocol):
         ...
 
     def gather(self, site: Any, columns: Array, metric: Array) -> Cut:
-        """``site + V V^T`` for columns V (P, K), cut to size; ``metric`` (P,) whitens."""
+        """``site + V V^T`` for columns V (P, K), cut to size; ``metric`` (P,) whitens; a site of None is zero."""
         ...
 
     def cut(self, precision: Any) -> Cut:
@@ -76,8 +76,10 @@ class LowRank:
         """Zeros."""
         return DiagonalPlusLowRank(jnp.zeros(size, dtype), jnp.zeros((size, self.rank), dtype))
 
-    def gather(self, site: DiagonalPlusLowRank, columns: Array, metric: Array) -> Cut:
+    def gather(self, site: DiagonalPlusLowRank | None, columns: Array, metric: Array) -> Cut:
         """Cut ``[V_site V]`` in the whitened metric."""
+        if site is None:
+            return self._cut(DiagonalPlusLowRank(jnp.zeros_like(metric), columns), metric)
         return self._cut(DiagonalPlusLowRank(site.diagonal, jnp.concatenate([site.factor, columns], axis=1)), metric)
 
     def cut(self, precision: DiagonalPlusLowRank) -> Cut:
@@ -106,10 +108,11 @@ class Diagonal:
         """Zeros."""
         return DiagonalPrecision(jnp.zeros(size, dtype))
 
-    def gather(self, site: DiagonalPrecision, columns: Array, metric: Array) -> Cut:
+    def gather(self, site: DiagonalPrecision | None, columns: Array, metric: Array) -> Cut:
         """Add the squares of the columns."""
-        del metric
-        return Cut(DiagonalPrecision(site.diagonal + jnp.sum(jnp.square(columns), axis=1)), jnp.ones((), columns.dtype))
+        before = jnp.zeros_like(metric) if site is None else site.diagonal
+        diagonal = before + jnp.sum(jnp.square(columns), axis=1)
+        return Cut(DiagonalPrecision(diagonal), jnp.ones((), columns.dtype))
 
     def cut(self, precision: DiagonalPrecision) -> Cut:
         """Nothing to cut."""
@@ -133,10 +136,10 @@ class Dense:
         """Zeros."""
         return DensePrecision(jnp.zeros((size, size), dtype))
 
-    def gather(self, site: DensePrecision, columns: Array, metric: Array) -> Cut:
+    def gather(self, site: DensePrecision | None, columns: Array, metric: Array) -> Cut:
         """Add ``V V^T``."""
         del metric
-        return self.cut(site.add_columns(columns))
+        return self.cut(DensePrecision(columns @ columns.T) if site is None else site.add_columns(columns))
 
     def cut(self, precision: DensePrecision) -> Cut:
         """Nothing to cut."""

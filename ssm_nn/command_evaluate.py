@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssm_nn.extract import Layout
+from ssm_nn.extraction import Layout
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.metrics import accuracy, brier, ece, forgetting, nll
 from ssm_nn.inference.predictive import Linearised, predict_from

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpyro import handlers
 
-from ssm_nn.extract import extract
+from ssm_nn.extraction import extract
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
 from ssm_nn.inference.structures import LowRank

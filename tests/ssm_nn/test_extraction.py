@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 
 from ssm_nn import ByPath, Moments, Task, extract, over, weights
-from ssm_nn.extract import describe
+from ssm_nn.extraction import describe
 from ssm_nn.models.transitions import RandomWalk, Static
 
 D = 3
