@@ -85,9 +85,13 @@ class Summary:
     def lines(self) -> list[Line]:
         """What is compared."""
         lines = [Line("fine-tuning", FINE_TUNING, ("",) * self.seeds, (LEARNT, LAST))]
-        if any(kernel.name == STATIC for kernel in self.kernels):
-            lines.append(Line("static filter", FILTER, (STATIC,) * self.seeds, (LEARNT, LAST)))
+        still = (STATIC,) * self.seeds
+        with_static = any(kernel.name == STATIC for kernel in self.kernels)
+        if with_static:
+            lines.append(Line("static filter", FILTER, still, (LEARNT, LAST)))
         lines.append(Line("chosen filter", FILTER, tuple(self.chosen), (LEARNT, LAST)))
+        if with_static:
+            lines.append(Line("static smoother", FILTER, still, (SMOOTHED,)))
         lines.append(Line("smoother", FILTER, tuple(self.chosen), (SMOOTHED,)))
         lines.append(Line("joint training", JOINT, ("",) * self.seeds, (LAST,)))
         return lines

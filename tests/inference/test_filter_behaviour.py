@@ -139,7 +139,7 @@ def test_tasks_that_do_not_fit_are_refused(tasks, message):
     ("make", "message"),
     [
         (lambda: LaplaceFilter(3), "program is 3"),
-        (lambda: LaplaceFilter(program, power=0.0), "power is 0.0; a number > 0 is accepted"),
+        (lambda: LaplaceFilter(program, power=0.0), "power is 0.0; a finite number > 0 is accepted"),
         (lambda: LaplaceFilter(program).init(0, tasks_of()[0]), "hypers has no value for the latent site 'scale'"),
         (lambda: LaplaceFilter(program, hypers={"scale": -1.0}).init(0, tasks_of()[0]), "the scale of RandomWalk is"),
         (lambda: GaussNewton(max_steps=0), "max_steps is 0"),

@@ -167,6 +167,7 @@ def test_a_run_leaves_its_tables_its_posterior_and_its_report(finished):
         "fine-tuning",
         "static filter",
         "chosen filter",
+        "static smoother",
         "smoother",
         "joint training",
         "the evidence chose",
