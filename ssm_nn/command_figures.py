@@ -28,6 +28,7 @@ COLOURS = {
     "fine-tuning": ORANGE,
     "static filter": GREY,
     "chosen filter": BLUE,
+    "static smoother": SKY,
     "smoother": GREEN,
     "joint training": PURPLE,
 }
@@ -87,7 +88,7 @@ def _band(
 
 def accuracy_matrices(summary: Summary) -> str:
     """A[i, j] for fine-tuning, the static filter and the chosen filter, mean over seeds."""
-    lines = [line for line in summary.lines if line.label not in ("smoother", "joint training")]
+    lines = [line for line in summary.lines if line.has_matrix]
     matrices = [100 * np.mean(summary.matrix(line), axis=0) for line in lines]
     size = summary.settings.tasks
     with mpl.rc_context(WITHOUT_GRID):
@@ -124,7 +125,7 @@ def forgetting_curves(summary: Summary) -> str:
     with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(3.5, 2, sharey=True)
         for line in summary.lines:
-            if line.label in ("smoother", "joint training"):
+            if not line.has_matrix:
                 continue
             matrices = summary.matrix(line)
             ages = [[np.mean([m[j + age, j] for j in range(size - age)]) for age in range(size)] for m in matrices]

@@ -39,6 +39,11 @@ class Line:
     kernels: tuple[str, ...]
     views: tuple[str, ...]
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether its newest belief was judged on every task after every task."""
+        return LEARNT in self.views
+
 
 class Summary:
     """The tables of a run, by seed.
