@@ -15,7 +15,8 @@ Masked examples are nan. One draw is made and moved to the host at a time: memor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -44,6 +45,7 @@ def to_datatree(
     num_samples: int = 200,
     key: Array | int = 0,
     tasks: Tasks | Iterable[Task | Mapping[str, Any]] | None = None,
+    keep: Sequence[str] = ("*",),
 ) -> xarray.DataTree:
     """The smoothed posterior with its draws, diagnostics and, where ``tasks`` are given, predictions and likelihoods.
 
@@ -52,6 +54,8 @@ def to_datatree(
         num_samples: draws of whole trajectories; chain is 1.
         key: of the draws; a whole number is taken as a seed.
         tasks: the tasks in order, for the groups that need data.
+        keep: patterns of the sites whose draws are stored, such as ``["net.output.*"]``; draws of all weights of a large
+            network need T P num_samples numbers on the host. Means, deviations and predictions are of all weights anyway.
 
     Returns:
         An ``xarray.DataTree``; store it with ``to_netcdf`` or ``to_zarr``.
@@ -66,12 +70,15 @@ def to_datatree(
     key = jax.random.key(key) if isinstance(key, int) else key
     posterior_key, prior_key = jax.random.split(key)
     layout = smoothed.layout
+    kept = frozenset(site.name for site in layout.sites if any(fnmatchcase(site.name, pattern) for pattern in keep))
+    if not kept:
+        raise ValueError(f"keep is {list(keep)}, which fits none of {', '.join(site.name for site in layout.sites)}")
 
     values: dict[str, dict[str, Any]] = collect(
-        posterior_draw(smoothed, stack), jax.random.split(posterior_key, num_samples)
+        posterior_draw(smoothed, stack, kept), jax.random.split(posterior_key, num_samples)
     )
     if stack is not None:
-        values |= collect(prior_draw(smoothed, stack), jax.random.split(prior_key, num_samples))
+        values |= collect(prior_draw(smoothed, stack, kept), jax.random.split(prior_key, num_samples))
     values["filtered"], summary_dims = _summaries(smoothed.filtered.beliefs, layout)
     values["smoothed"], _ = _summaries(smoothed.beliefs, layout)
     values["filter_stats"] = filter_statistics(smoothed.filtered.infos)

@@ -36,14 +36,14 @@ def collect(draw: Callable[[Array], Draw], keys: Array) -> dict[str, dict[str, n
     return {group: {name: np.stack(values) for name, values in named.items()} for group, named in groups.items()}
 
 
-def posterior_draw(smoothed: Smoothed, stack: Tasks | None) -> Callable[[Array], Draw]:
-    """One trajectory of the smoother by key, and with tasks its replicated data and log densities."""
+def posterior_draw(smoothed: Smoothed, stack: Tasks | None, kept: frozenset[str]) -> Callable[[Array], Draw]:
+    """One trajectory of the smoother by key, its sites in ``kept``, and with tasks its replicated data and densities."""
 
     def draw(key: Array) -> Draw:
         path_key, data_key = jax.random.split(key)
         path = smoothed.sample_path(path_key)
         made: Draw = {
-            "posterior": _without_still_axis(smoothed.layout, path),
+            "posterior": _without_still_axis(smoothed.layout, path, kept),
             "sample_stats": {"log_q": smoothed.log_density(path)},
         }
         if stack is not None:
@@ -56,14 +56,14 @@ def posterior_draw(smoothed: Smoothed, stack: Tasks | None) -> Callable[[Array],
     return draw
 
 
-def prior_draw(smoothed: Smoothed, stack: Tasks) -> Callable[[Array], Draw]:
-    """One trajectory of the program's prior by key, and its replicated data."""
+def prior_draw(smoothed: Smoothed, stack: Tasks, kept: frozenset[str]) -> Callable[[Array], Draw]:
+    """One trajectory of the program's prior by key, its sites in ``kept``, and its replicated data."""
 
     def draw(key: Array) -> Draw:
         path_key, data_key = jax.random.split(key)
         path = _prior_path(smoothed.program, smoothed.layout, smoothed.hypers, stack, path_key)
         replicated, _, _ = _of_data(smoothed.program, smoothed.hypers, stack, path, data_key)
-        return {"prior": _without_still_axis(smoothed.layout, path), "prior_predictive": replicated}
+        return {"prior": _without_still_axis(smoothed.layout, path, kept), "prior_predictive": replicated}
 
     return draw
 
@@ -80,9 +80,10 @@ def observed_values(program: Program, hypers: Mapping[str, Array], stack: Tasks,
     return jax.tree.map(np.asarray, jax.lax.map(of_task, (stack.data, stack.context, stack.mask)))
 
 
-def _without_still_axis(layout: Layout, path: Array) -> dict[str, Array]:
+def _without_still_axis(layout: Layout, path: Array, kept: frozenset[str]) -> dict[str, Array]:
     leaves = leaves_of_path(layout, path)
-    return {site.name: leaves[site.name][0] if site.frozen else leaves[site.name] for site in layout.sites}
+    still = {site.name: site.frozen for site in layout.sites if site.name in kept}
+    return {name: leaves[name][0] if frozen else leaves[name] for name, frozen in still.items()}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -221,10 +221,13 @@ class LaplaceFilter:
             return Belief(step_mean_vector(moments, state.mean), precision)
 
         predicted = jax.lax.cond(state.step == 0, lambda: Belief(state.mean, state.precision), moved)
-        # the first search starts at the network's own weights: a zero mean is a saddle of a network's posterior
-        drawn = predicted.mean + predicted.precision.sample(key)
-        initial = jnp.where(jnp.any(space.initial != 0), space.initial, drawn)
-        start = jnp.where(state.step == 0, initial - predicted.mean, 0.0)
+
+        def first_start():
+            # at the network's own weights, or a draw where these are zero: a zero mean is a saddle of a network's posterior
+            drawn = predicted.mean + predicted.precision.sample(key)
+            return jnp.where(jnp.any(space.initial != 0), space.initial, drawn) - predicted.mean
+
+        start = jax.lax.cond(state.step == 0, first_start, lambda: jnp.zeros_like(predicted.mean))
         return moments, predicted, start
 
     def _laplace(self, problem: MapProblem, shift: Array, key: Array) -> tuple[Belief, Any, dict[str, Array]]:

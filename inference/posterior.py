@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class Posterior(Smoothed):
         num_samples: int = 200,
         key: Array | int = 0,
         tasks: Tasks | Iterable[Task | Mapping[str, Any]] | None = None,
+        keep: Sequence[str] = ("*",),
     ) -> xarray.DataTree:
         """As an ArviZ DataTree; see ``datatree.to_datatree``."""
-        return to_datatree(self, num_samples=num_samples, key=key, tasks=tasks)
+        return to_datatree(self, num_samples=num_samples, key=key, tasks=tasks, keep=keep)

@@ -179,6 +179,14 @@ def test_datatree_holds_the_groups_with_dims_and_survives_netcdf(linear, tmp_pat
     assert len(az.summary(tree, var_names=["net.slope"], kind="stats")) == T * D
 
 
+def test_only_the_draws_that_are_asked_for_are_kept(linear):
+    tree = linear[1].to_datatree(num_samples=3, tasks=LISTED, keep=["net.sl*"])
+    assert list(tree["posterior"].data_vars) == list(tree["prior"].data_vars) == ["net.slope"]
+    assert "net.offset.mean" in tree["smoothed"].data_vars
+    with pytest.raises(ValueError, match=r"fits none of net\.offset, net\.slope"):
+        linear[1].to_datatree(num_samples=3, keep=["head.*"])
+
+
 def test_joint_and_smoother_densities_of_the_draws_are_numpyros(linear):
     posterior, stack = linear[1], ssm_nn.stack_tasks(LISTED)
     tree = posterior.to_datatree(num_samples=3, tasks=LISTED)
