@@ -61,16 +61,14 @@ def main() -> None:
     filtered = engine.filtered([state] * 10, [info] * 10)
     after = timed_repeatedly(lambda: aftermath(engine, filtered, task), arguments.repeats)
     shares = [a / p for a, p in zip(after, plain_seconds, strict=True)]
-    imports = import_ratios(arguments.repeats)
     rows = [
         ("plain training, seconds", *spread(plain_seconds)),
         ("filter step, seconds", *spread(filter_seconds)),
         ("filter step / plain training", *spread(ratios)),
         ("predict, smoothed means and read-outs of 10 tasks / one task's plain training", *spread(shares)),
-        ("import ssm_nn / import numpyro", *spread(imports)),
         (
             "import ssm_nn, .models and .inference / import numpyro",
-            *spread(import_ratios(arguments.repeats, whole=True)),
+            *spread(import_ratios(arguments.repeats)),
         ),
         *memory_rows(engine, state, task, x, size),
     ]
@@ -165,9 +163,9 @@ def timed_repeatedly(function, repeats: int) -> list[float]:
     return [timed(function) for _ in range(repeats)]
 
 
-def import_ratios(repeats: int, *, whole: bool = False) -> list[float]:
+def import_ratios(repeats: int) -> list[float]:
     """Fresh processes in turn."""
-    ours = "import ssm_nn, ssm_nn.models, ssm_nn.inference" if whole else "import ssm_nn"
+    ours = "import ssm_nn, ssm_nn.models, ssm_nn.inference"
 
     def seconds(statement: str) -> float:
         code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
