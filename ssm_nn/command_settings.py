@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["CommandError", "Kernel", "Settings", "kernels_of", "parse_kernel", "versions"]
 
 STATIC = "static"
-DEFAULT_NOISE = "all=0.1,first=0.1,last=0.1,last=1,last=4"
+DEFAULT_NOISE = "all=0.1,first=0.1,last=1,last=4"
 DEFAULT_TASKS = {"rotate": 10, "permute": 10, "split": 5}
 DEFAULT_STEP = 5.0
 DEFAULT_RANK = 100
