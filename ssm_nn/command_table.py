@@ -31,7 +31,9 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
+    return Table(
+        title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
 
 
 def _accuracy(summary: Summary, title: str) -> Table:
