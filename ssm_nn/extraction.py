@@ -109,9 +109,26 @@ class StateSpace(NamedTuple):
             self.body.run(self.layout.arrays(theta), task)
         return recorder.sites
 
+    def observed(self, theta: Array, task: Task) -> dict[str, ObservedSite]:
+        """``observe`` for learning: every site must have a value.
+
+        Raises:
+            ValueError: for a site without a value, or no site at all.
+        """
+        sites = self.observe(theta, task)
+        for name, site in sites.items():
+            if site.value is None:
+                raise ValueError(
+                    f"the site {name!r} inside the task body is not observed: only sites with obs=... may stand there "
+                    "(latent ones go outside the loop over tasks), and the task must hold what they observe"
+                )
+        if not sites:
+            raise ValueError("the program observes nothing: the task body has no site with obs=...")
+        return sites
+
     def log_likelihood(self, theta: Array, task: Task) -> Array:
         """Sum over the task's examples and sites of ``log p(y | theta)``, masks and scales counted."""
-        total = sum(jnp.sum(site.log_likelihood()) for site in _observed(self.observe(theta, task)).values())
+        total = sum(jnp.sum(site.log_likelihood()) for site in self.observed(theta, task).values())
         return jnp.asarray(total, theta.dtype)  # data of a wider type widen no state
 
     def outputs(self, theta: Array, example: Task) -> Array:
@@ -122,14 +139,13 @@ class StateSpace(NamedTuple):
     def output_factor(self, theta: Array, example: Task) -> Array:
         """L (K, C) of one example with ``L L^T`` the Fisher information in its outputs, weights counted."""
         blocks = []
-        for site in _observed(self.observe(theta, example)).values():
+        for site in self.observed(theta, example).values():
             likelihood = likelihood_of(site.distribution)
             factor = likelihood.factor(site.value)
             if likelihood.exact:
-                lead = site.distribution.batch_shape + (1,) * 2
-                weight = jnp.broadcast_to(site.weight, site.distribution.batch_shape).reshape(lead)
+                batch = site.distribution.batch_shape
                 # an Independent site weighs its whole event: its factor has the event's axes between batch and (K, C)
-                weight = jnp.reshape(weight, site.distribution.batch_shape + (1,) * (factor.ndim - len(lead) + 2))
+                weight = jnp.broadcast_to(site.weight, batch).reshape(batch + (1,) * (factor.ndim - len(batch)))
             else:
                 weight = jnp.max(site.weight)
             blocks.append(_block_diagonal(jnp.where(weight > 0, factor * jnp.sqrt(weight), 0.0)))
@@ -140,29 +156,6 @@ def _block_diagonal(factor: Array) -> Array:
     """(..., K, C) as one block-diagonal matrix."""
     flat = factor.reshape((-1, *factor.shape[-2:]))
     return flat[0] if flat.shape[0] == 1 else jax.scipy.linalg.block_diag(*flat)
-
-
-def _observed(sites: Mapping[str, ObservedSite]) -> Mapping[str, ObservedSite]:
-    for name, site in sites.items():
-        if site.value is None:
-            raise ValueError(
-                f"the site {name!r} inside the task body is not observed: only sites with obs=... may stand there "
-                "(latent ones go outside the loop over tasks), and the task must hold what they observe"
-            )
-    if not sites:
-        raise ValueError("the program observes nothing: the task body has no site with obs=...")
-    return sites
-
-
-def hessian_sites(space: StateSpace, theta: Array, example: Task) -> list[str]:
-    """Names and likelihoods of the sites whose curvature is a clipped Hessian rather than the exact Fisher information."""
-    sites = space.observe(theta, example)
-    found = {name: likelihood_of(site.distribution) for name, site in sites.items()}
-    return [
-        f"{name} ({type(sites[name].distribution).__name__})"
-        for name, found_one in found.items()
-        if not found_one.exact
-    ]
 
 
 class _RecordSites(Messenger):
