@@ -7,13 +7,14 @@
 import csv
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from ssm_nn.models.cifar import CIFAR10_FILE, CIFAR100_FILE, ByteImages, cifar, cifar_jpeg
 from ssm_nn.models.downloads import DataError, DataFile, read_file
 
 __all__ = ["Dataset", "DriftStream", "Regression", "load", "load_regression", "load_stream"]
@@ -27,14 +28,14 @@ NUM_REGRESSION_SPLITS = 20
 class Dataset:
     """Images with classes, split into training and test examples.
 
-    Grey values lie in [0, 1]; labels in 0 ... num_classes - 1. ``source`` says where the data come from and under which
-    licence.
+    An image is (height, width), or (height, width, channels) in colour. Values lie in [0, 1]; labels in 0 ...
+    num_classes - 1. ``source`` says where the data come from and under which licence.
     """
 
     name: str
-    train_x: Float[np.ndarray, "train height width"]
+    train_x: Float[np.ndarray, "train height width *channels"]
     train_y: Int[np.ndarray, " train"]
-    test_x: Float[np.ndarray, "test height width"]
+    test_x: Float[np.ndarray, "test height width *channels"]
     test_y: Int[np.ndarray, " test"]
     num_classes: int
     source: str
@@ -109,6 +110,23 @@ IMAGES = {
     ),
 }
 
+_KRIZHEVSKY = "(Krizhevsky 2009), no licence stated"
+COLOUR_IMAGES: dict[str, tuple[Callable[[str | Path | None], ByteImages], int, str]] = {
+    "cifar-10": (lambda folder: cifar(CIFAR10_FILE, "labels", folder), 10, f"CIFAR-10 {_KRIZHEVSKY}"),
+    "cifar-100": (lambda folder: cifar(CIFAR100_FILE, "fine_labels", folder), 100, f"CIFAR-100 {_KRIZHEVSKY}"),
+    "cifar-100-coarse": (
+        lambda folder: cifar(CIFAR100_FILE, "coarse_labels", folder),
+        20,
+        f"CIFAR-100, superclasses {_KRIZHEVSKY}",
+    ),
+    "cifar10_jpeg": (
+        cifar_jpeg,
+        10,
+        "CIFAR-10 after JPEG compression (quality 75, median PSNR 30.5 dB): a lossy stand-in, not the original "
+        + _KRIZHEVSKY,
+    ),
+}
+
 REGRESSION_FILE = DataFile(
     "uci/UCI_Datasets.tar.gz", "d031469a3373b6adb6666b21b7be2b6a3e894567ab7b919bc6dea32fc90fc444", 3952640
 )
@@ -137,20 +155,28 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     """Images with classes, split into training and test examples.
 
     Args:
-        name: ``"digits"`` (8 x 8; 1,297 + 500), ``"mnist"`` or ``"fashion-mnist"`` (28 x 28; 60,000 + 10,000). Digits
-            come with scikit-learn, need no file and no folder, and are split once and for all by a fixed seed.
+        name: ``"digits"`` (8 x 8; 1,297 + 500), ``"mnist"`` or ``"fashion-mnist"`` (28 x 28; 60,000 + 10,000);
+            ``"cifar-10"``, ``"cifar-100"`` or ``"cifar-100-coarse"`` (its 20 superclasses; 32 x 32 x 3; 50,000 +
+            10,000). Digits come with scikit-learn, need no file and no folder, and are split once and for all by a fixed
+            seed. ``"cifar10_jpeg"`` is a lossy stand-in for ``"cifar-10"``, every image compressed by JPEG, for which
+            no download is known; figures measured on it are figures of the stand-in.
         folder: the only data folder to look in; None looks in SSM_NN_DATA, in the cache, and then downloads.
 
     Returns:
-        A Dataset: images float32 in [0, 1] of shape (N, H, W), labels int32 of shape (N,).
+        A Dataset: images float32 in [0, 1] of shape (N, H, W) or (N, H, W, 3), labels int32 of shape (N,).
 
     Raises:
         DataError: an unknown name; a missing, damaged or unreachable file.
     """
     if name == "digits":
         return _digits()
+    if name in COLOUR_IMAGES:
+        read, num_classes, source = COLOUR_IMAGES[name]
+        images = read(folder)
+        train_x, test_x = (_unit(pixels) for pixels in (images.train_x, images.test_x))
+        return Dataset(name, train_x, images.train_y, test_x, images.test_y, num_classes, source)
     if name not in IMAGES:
-        raise DataError(f"name is {name!r}; known data sets are {_listed(['digits', *IMAGES])}")
+        raise DataError(f"name is {name!r}; known data sets are {_listed(['digits', *IMAGES, *COLOUR_IMAGES])}")
     files = IMAGES[name]
     return Dataset(
         name=name,
@@ -237,7 +263,14 @@ def _digits() -> Dataset:
 
 
 def _images(file: DataFile, folder: str | Path | None) -> np.ndarray:
-    return read_idx(read_file(file, folder)).astype(np.float32) / np.float32(255)
+    return _unit(read_idx(read_file(file, folder)))
+
+
+def _unit(pixels: np.ndarray) -> np.ndarray:
+    """Bytes as float32 in [0, 1]."""
+    values = pixels.astype(np.float32)
+    values /= np.float32(255)
+    return values
 
 
 def _labels(file: DataFile, folder: str | Path | None) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A file is looked for in the folder given by the caller; else in the folder that the environment variable SSM_NN_DATA
 names, then in the cache (SSM_NN_CACHE, or the platform's cache folder), then at its mirrors. The checksum is the sha256
-of the uncompressed bytes, because mirrors may pack the same bytes anew.
+of the uncompressed bytes, because mirrors may pack the same bytes anew; or the md5 of the file as it lies, where that is
+what its publisher gives.
 """
 
 import hashlib
@@ -33,15 +34,17 @@ class DataFile:
 
     Args:
         path: where it lies in a data folder, with forward slashes: ``"mnist/t10k-labels-idx1-ubyte.gz"``.
-        sha256: hexadecimal, of the uncompressed bytes.
-        size: number of the uncompressed bytes.
+        sha256: hexadecimal, of the uncompressed bytes; ignored where there is an md5.
+        size: number of the uncompressed bytes, or of the file as it lies where there is an md5.
         mirrors: addresses of the (compressed) file, tried in this order.
+        md5: hexadecimal, of the file as it lies, which is then handed out as it lies, an archive still packed.
     """
 
     path: str
-    sha256: str
-    size: int
+    sha256: str = ""
+    size: int = 0
     mirrors: tuple[str, ...] = ()
+    md5: str = ""
 
     def under(self, folder: Path) -> Path:
         """The file's place in a data folder."""
@@ -55,7 +58,7 @@ def cache_folder() -> Path:
 
 
 def read_file(file: DataFile, folder: str | Path | None = None) -> bytes:
-    """The uncompressed bytes of a file, verified.
+    """The uncompressed bytes of a file (the packed ones where it has an md5), verified.
 
     Args:
         file: what to read.
@@ -97,19 +100,25 @@ def _name(file: DataFile) -> str:
 
 
 def _verified(file: DataFile, place: Path) -> bytes:
-    """The uncompressed bytes of ``place``; DataError unless they fit."""
+    """What ``read_file`` hands out of ``place``; DataError unless it fits."""
     try:
         packed = place.read_bytes()
     except OSError as error:
         raise DataError(f"{place} cannot be read ({error.strerror}); check its permissions") from error
+    if file.md5:
+        _check(place, "md5", hashlib.md5(packed, usedforsecurity=False).hexdigest(), file.md5, "of the file as it lies")
+        return packed
     content = _unpacked(file, packed, str(place))
-    found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
-        raise DataError(
-            f"{place} is not the expected file: sha256 {found[:12]}... instead of {file.sha256[:12]}... "
-            "(of the uncompressed bytes); delete it and fetch it again"
-        )
+    _check(place, "sha256", hashlib.sha256(content).hexdigest(), file.sha256, "of the uncompressed bytes")
     return content
+
+
+def _check(place: Path, kind: str, found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise DataError(
+            f"{place} is not the expected file: {kind} {found[:12]}... instead of {expected[:12]}... ({what}); "
+            "delete it and fetch it again"
+        )
 
 
 def _unpacked(file: DataFile, packed: bytes, place: str) -> bytes:

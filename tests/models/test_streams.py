@@ -7,10 +7,13 @@ import pytest
 from scipy import ndimage
 
 from ssm_nn.models.datasets import Dataset, load
-from ssm_nn.models.streams import LazyTasks, permuted, rotated, rotation, split
+from ssm_nn.models.streams import LazyTasks, brightened, permuted, relabelled, rotated, rotation, split
 from ssm_nn.tasks import Task, stack_tasks
 
-STREAMS = {"rotated": rotated, "permuted": permuted, "split": split}
+STREAMS = {
+    "rotated": rotated, "permuted": permuted, "brightened": brightened, "split": split, "relabelled": relabelled
+}  # fmt: skip
+STILL = {rotated: {"step": 0.0}, brightened: {"brightness": 0.0}}  # arguments that leave the inputs as they are
 each_stream = pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
 
 
@@ -20,15 +23,18 @@ def digits() -> Dataset:
 
 
 def numbered(num_train=60, num_test=20, image=(3, 4), num_classes=5) -> Dataset:
-    """Images that carry their number in every pixel: training images 0, 1, ..., test images -1, -2, ..."""
-    train = np.broadcast_to(np.arange(num_train, dtype=np.float32)[:, None, None], (num_train, *image))
-    test = np.broadcast_to(-1 - np.arange(num_test, dtype=np.float32)[:, None, None], (num_test, *image))
+    """Images that carry their number in every pixel, in 128ths: training images 0, 1, ..., test images 100, 101, ..."""
+
+    def images(numbers):
+        return np.broadcast_to(np.float32(numbers)[:, None, None] / 128, (len(numbers), *image))
+
+    train, test = images(np.arange(num_train)), images(100 + np.arange(num_test))
     labels = np.arange(num_train, dtype=np.int32) % num_classes, np.arange(num_test, dtype=np.int32) % num_classes
     return Dataset("numbered", train, labels[0], test, labels[1], num_classes, "made here")
 
 
 def numbers(tasks) -> list[set[int]]:
-    return [set(np.rint(task["x"].reshape(len(task["y"]), -1)[:, 0]).astype(int)) for task in tasks]
+    return [set(np.rint(128 * task["x"].reshape(len(task["y"]), -1)[:, 0]).astype(int)) for task in tasks]
 
 
 @pytest.mark.parametrize("image", [(8, 8), (28, 28), (9, 9), (6, 11)])
@@ -130,17 +136,16 @@ def test_split_deals_out_the_classes(digits):
 
 @each_stream
 def test_training_tasks_are_disjoint_while_examples_remain(make):
-    stream = make(numbered(), num_tasks=5, train_size=12)
-    tasks = numbers(stream.train) if make is not rotated else numbers(rotated(numbered(), 5, 0.0, 12).train)
+    stream = make(numbered(), num_tasks=5, train_size=12, **STILL.get(make, {}))
+    tasks = numbers(stream.train)
     assert [len(task) for task in tasks] == [12] * 5
     assert len(set.union(*tasks)) == 60
     assert stream.settings["disjoint"] is True
 
 
-@pytest.mark.parametrize("make", [rotated, permuted])
+@pytest.mark.parametrize("make", [rotated, permuted, relabelled])
 def test_training_tasks_overlap_when_examples_run_out_but_never_repeat_one(make):
-    more = {"step": 0.0} if make is rotated else {}
-    stream = make(numbered(), num_tasks=5, train_size=13, **more)
+    stream = make(numbered(), num_tasks=5, train_size=13, **STILL.get(make, {}))
     tasks = numbers(stream.train)
     assert [len(task) for task in tasks] == [13] * 5
     assert len({frozenset(task) for task in tasks}) == 5
@@ -149,10 +154,9 @@ def test_training_tasks_overlap_when_examples_run_out_but_never_repeat_one(make)
 
 @each_stream
 def test_no_test_example_is_trained_on(make):
-    more = {"step": 0.0} if make is rotated else {}
-    stream = make(numbered(), num_tasks=5, train_size=None, **more)
-    assert all(min(task) >= 0 for task in numbers(stream.train))
-    assert all(max(task) < 0 for task in numbers(stream.test))
+    stream = make(numbered(), num_tasks=5, train_size=None, **STILL.get(make, {}))
+    assert all(max(task) < 100 for task in numbers(stream.train))
+    assert all(min(task) >= 100 for task in numbers(stream.test))
 
 
 @each_stream
@@ -182,7 +186,7 @@ def test_an_order_moves_whole_tasks(make, digits):
 def test_tasks_stack(make, digits):
     stream = make(digits, num_tasks=3, train_size=10)
     stacked = stack_tasks(stream.train)
-    assert stacked["x"].shape == (3, 10, 64)
+    assert stacked["x"].shape == ((3, 10, 8, 8) if make is brightened else (3, 10, 64))
     assert (stacked["x"].dtype, stacked["y"].dtype) == (np.float32, np.int32)
     assert len(stream) == 3
     assert stream.num_classes == 10
