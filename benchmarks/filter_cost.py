@@ -33,7 +33,7 @@ from ssm_nn.models import RandomWalk
 from ssm_nn.models.datasets import load
 from ssm_nn.models.networks import mlp
 
-RANK, CURVATURE_EXAMPLES, LEARNING_RATE = 20, 10_000, 1e-3
+RANK, CURVATURE_EXAMPLES, LEARNING_RATE, PRIOR_EVERY = 20, 10_000, 1e-3, 4
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     apply, params = mlp((784, 100, 100, 10), "relu")
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     plain = plain_training(apply, params, x, y, epochs, arguments.batch_size)
-    engine = the_engine((apply, params), epochs, arguments.batch_size)
+    engine = the_engine((apply, params), epochs, arguments.batch_size, epochs * -(-examples // arguments.batch_size))
     task = ssm_nn.Task({"x": x, "y": y})
 
     first, _ = engine.update(engine.init(0, task), task)
@@ -80,15 +80,15 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a filter step costs beside plain training.")
     parser.add_argument("--quick", action="store_true", help="6,000 examples and one epoch: checks that it runs")
     parser.add_argument("--repeats", type=int, default=5, help="pairs measured (default 5)")
-    parser.add_argument("--batch-size", type=int, default=256, help="of both (default 256)")
+    parser.add_argument("--batch-size", type=int, default=128, help="of both (default 128)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     return parser.parse_args()
 
 
 def plain_training(apply, params, x, y, epochs, batch_size):
     """Epochs of Adam on the cross-entropy, nothing else: one compiled epoch, data on the device."""
-    optimizer = optax.adam(LEARNING_RATE)
     batches = len(x) // batch_size
+    optimizer = the_optimizer(epochs * batches)
 
     @jax.jit
     def epoch(params, state, key):
@@ -114,7 +114,12 @@ def plain_training(apply, params, x, y, epochs, batch_size):
     return train
 
 
-def the_engine(network, epochs, batch_size) -> LaplaceFilter:
+def the_optimizer(steps: int) -> optax.GradientTransformation:
+    """Of both: Adam, its learning rate falling to 0 as a cosine."""
+    return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+
+def the_engine(network, epochs, batch_size, steps) -> LaplaceFilter:
     """The filter with the same optimiser, epochs and batches."""
 
     def program(tasks):
@@ -128,7 +133,7 @@ def the_engine(network, epochs, batch_size) -> LaplaceFilter:
 
         net.over(tasks, observe)
 
-    search = Minibatch(optax.adam(LEARNING_RATE), epochs=epochs, batch_size=batch_size)
+    search = Minibatch(the_optimizer(steps), epochs=epochs, batch_size=batch_size, prior_every=PRIOR_EVERY)
     return LaplaceFilter(program, LowRank(RANK), estimator=search, curvature=SketchedCurvature(CURVATURE_EXAMPLES))
 
 

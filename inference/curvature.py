@@ -90,12 +90,17 @@ def factor_columns(space: StateSpace, task: Task) -> int:
 
 
 def summed_log_likelihood(
-    space: StateSpace, theta: Array, task: Task, transform: Callable = lambda function: function
+    space: StateSpace,
+    theta: Array,
+    task: Task,
+    transform: Callable = lambda function: function,
+    examples: range | None = None,
 ) -> Any:
     """``transform`` of the log likelihood (itself, or its value and gradient), summed over chunks of examples."""
     total = task.num_examples
+    examples = range(total) if examples is None else examples
     # chunks are gathered as they are read: padding the task would copy it
-    chunks = index_batches(jnp.arange(total), min(total, _FORWARD_EXAMPLES), total)
+    chunks = index_batches(jnp.arange(examples.start, examples.stop), min(len(examples), _FORWARD_EXAMPLES), total)
 
     def of_chunk(indices):
         return transform(lambda weights: space.log_likelihood(weights, rows(task, indices)))(theta)

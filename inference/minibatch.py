@@ -24,12 +24,15 @@ Array = Any
 class Minibatch:
     """Epochs of mini-batches, reshuffled; the likelihood of a batch is scaled by N / B, the prior counts once.
 
-    The objective is divided by N, which gives learning rates their usual scale and moves no minimum.
+    The objective is divided by N, which gives learning rates their usual scale and moves no minimum. The prior's gradient
+    ``Lambda' d`` is exact where the likelihood's is noisy and changes slowly, so that it serves several steps: the
+    fixed points stay where they are.
 
     Args:
         optimizer: any optax optimiser.
         epochs: passes over the task at most.
         batch_size: examples a step; the last batch of an epoch is padded under a mask.
+        prior_every: steps that share one gradient of the prior; 1 computes it in each.
         patience: stop after this many epochs without improvement of the epoch's mean objective; None runs all epochs
             and does not judge convergence.
         tolerance: an improvement counts when it exceeds ``tolerance * (1 + |objective|)``.
@@ -38,11 +41,12 @@ class Minibatch:
     optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.adam(1e-3))
     epochs: int = 5
     batch_size: int = 128
+    prior_every: int = 1
     patience: int | None = None
     tolerance: float = 1e-4
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "prior_every", "patience"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; a whole number >= 1 is accepted")
@@ -50,45 +54,64 @@ class Minibatch:
     def bind(self, program: Any) -> Callable[[MapProblem, Array, Array], MapResult]:
         """The minimiser for ``program``; one epoch is one compiled call."""
         epoch = partial(jax.jit, donate_argnums=(1, 2))(partial(self._epoch, program))
+        begin = jax.jit(partial(self._begin, program))
+        end = jax.jit(partial(self._end, program))
 
         def run(problem: MapProblem, start: Array, key: Array) -> MapResult:
-            shift, state = jnp.copy(start), self.optimizer.init(start)
+            shift, state = begin(problem, start)
             best, since, mean = float("inf"), 0, float("inf")
             steps = -(-problem.task.num_examples // self.batch_size)
             for done in range(1, self.epochs + 1):
                 shift, state, mean_array = epoch(problem, shift, state, jax.random.fold_in(key, done))
                 mean = float(mean_array)
                 if not mean < float("inf"):  # nan or infinite
-                    return MapResult(shift, done * steps, NOT_FINITE, mean)
+                    return MapResult(end(problem, shift), done * steps, NOT_FINITE, mean)
                 since = 0 if mean < best - self.tolerance * (1 + abs(mean)) else since + 1
                 best = min(best, mean)
                 if self.patience is not None and since >= self.patience:
-                    return MapResult(shift, done * steps, CONVERGED, mean)
+                    return MapResult(end(problem, shift), done * steps, CONVERGED, mean)
             status = FIXED_BUDGET if self.patience is None else NOT_CONVERGED
-            return MapResult(shift, self.epochs * steps, status, mean)
+            return MapResult(end(problem, shift), self.epochs * steps, status, mean)
 
         return run
 
-    def _epoch(
-        self, program: Any, problem: MapProblem, shift: Array, state: Any, key: Array
-    ) -> tuple[Array, Any, Array]:
+    def _begin(self, program: Any, problem: MapProblem, start: Array) -> tuple[Any, Any]:
+        """The shift by leaf, which costs no packing in each step, and the optimiser's state."""
+        shift = extract(program, problem.task, problem.hypers).layout.arrays(start)
+        return shift, self.optimizer.init(shift)
+
+    def _end(self, program: Any, problem: MapProblem, shift: Any) -> Array:
+        return extract(program, problem.task, problem.hypers).layout.packed(shift)
+
+    def _epoch(self, program: Any, problem: MapProblem, shift: Any, state: Any, key: Array) -> tuple[Any, Any, Array]:
         space = extract(program, problem.task, problem.hypers)
         total = problem.task.num_examples
         order = index_batches(jax.random.permutation(key, total), self.batch_size, total)
         counted = jnp.sum(problem.task.mask)
-        objective = problem.objective(space)
+        square = problem.precision.quadratic_form()
+        mean = space.layout.arrays(problem.mean)
 
-        def step(carry, indices):
-            shift, state = carry
-            batch = rows(problem.task, indices)
-            scale = counted / jnp.maximum(jnp.sum(batch.mask), 1)
+        def block(carry, indices):
+            half_square, pull = jax.value_and_grad(lambda d: 0.5 * square(d))(space.layout.packed(carry[0]))
+            pull = space.layout.arrays(pull)
 
-            def per_example(shift):
-                return objective(shift, batch, scale) / jnp.maximum(counted, 1)
+            def step(carry, indices):
+                shift, state = carry
+                batch = rows(problem.task, indices)
+                scale = problem.power * counted / jnp.maximum(jnp.sum(batch.mask), 1)
 
-            value, gradient = jax.value_and_grad(per_example)(shift)
-            change, state = self.optimizer.update(gradient, state, shift)
-            return (optax.apply_updates(shift, change), state), value
+                def misfit(shift):
+                    return -scale * space.log_likelihood_at(jax.tree.map(jnp.add, mean, shift), batch)
 
-        (shift, state), values = jax.lax.scan(step, (shift, state), order)
-        return shift, state, jnp.mean(values) * jnp.maximum(counted, 1)
+                value, gradient = jax.value_and_grad(misfit)(shift)
+                gradient = jax.tree.map(lambda a, b: (a + b) / jnp.maximum(counted, 1), gradient, pull)
+                change, state = self.optimizer.update(gradient, state, shift)
+                return (optax.apply_updates(shift, change), state), value + half_square
+
+            return jax.lax.scan(step, carry, indices)
+
+        whole = order.shape[0] // self.prior_every * self.prior_every
+        blocks = order[:whole].reshape(-1, self.prior_every, order.shape[1])
+        carry, values = jax.lax.scan(block, (shift, state), blocks)
+        (shift, state), last_values = block(carry, order[whole:])
+        return shift, state, (jnp.sum(values) + jnp.sum(last_values)) / order.shape[0]

@@ -7,7 +7,7 @@ The generalised Gauss-Newton matrix of a small batch b is the second moment of o
 so that one backward pass over the task gives unbiased columns for all of G. In coordinates whitened by the prediction's
 diagonal D, A = D^-1/2 G D^-1/2:
 
-    range   Q = orth(A_1 Omega), Omega (P, R + oversampling) Gaussian
+    range   Q = orth(A_1 Omega), Omega (P, R + oversampling) of random signs
     factor  Z = A_2 Q;  A ~ Z (Q^T Z)^-1 Z^T                            (Nystroem, never above A_2)
 
 with A_1 and A_2 from independent signs, so that the factor's size is not fitted to the noise that chose its range; the rest
@@ -36,6 +36,7 @@ __all__ = ["SketchedCurvature"]
 
 Array = Any
 
+_RANGE_EXAMPLES = 20
 _COLUMNS_TOGETHER = 50  # one product with 50 columns costs little more than with one: the image is read once
 
 
@@ -55,7 +56,7 @@ class SketchedCurvature:
 
     examples: int = 10_000
     oversampling: int = 10
-    column_batch: int = 20
+    column_batch: int = 40
 
     def __post_init__(self):
         for name in ("examples", "column_batch"):
@@ -91,8 +92,8 @@ class SketchedCurvature:
         width = min(rank + self.oversampling, theta.shape[0]) if rank else 0
         basis = jnp.zeros((theta.shape[0], 0), theta.dtype)
         if rank:
-            omega = jax.random.normal(omega_key, (theta.shape[0], width), theta.dtype)
-            _, image = self._pass(space, theta, task, columns, whiten, omega, first_key)
+            omega = jax.random.rademacher(omega_key, (theta.shape[0], width), theta.dtype)
+            _, image = self._pass(space, theta, task, self._for_range(columns, width), whiten, omega, first_key)
             basis, _ = jnp.linalg.qr(image)
         squares, image = self._pass(space, theta, task, columns, whiten, basis, second_key)
         diagonal = scale * metric * squares
@@ -111,10 +112,10 @@ class SketchedCurvature:
         """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""
         if task.num_examples <= self.examples:
             return summed_log_likelihood(space, theta, task, jax.value_and_grad)
-        part = rows(task, jnp.arange(self.examples))
-        _, gradient = summed_log_likelihood(space, theta, part, jax.value_and_grad)
-        counted = jnp.sum(task.mask) / jnp.maximum(jnp.sum(part.mask), 1)
-        return summed_log_likelihood(space, theta, task), gradient * counted
+        part, rest = range(self.examples), range(self.examples, task.num_examples)
+        value, gradient = summed_log_likelihood(space, theta, task, jax.value_and_grad, part)
+        counted = jnp.sum(task.mask) / jnp.maximum(jnp.sum(task.mask[: self.examples]), 1)
+        return value + summed_log_likelihood(space, theta, task, examples=rest), gradient * counted
 
     def _small_batches(self, task: Task, key: Array) -> tuple[Array, Array]:
         """Indices (groups, columns, column_batch) of examples drawn without replacement, and what one of them counts."""
@@ -129,21 +130,33 @@ class SketchedCurvature:
         scale = jnp.sum(task.mask) / jnp.maximum(counted, 1)
         return groups.reshape(-1, together, columns.shape[1]), scale
 
+    @staticmethod
+    def _for_range(columns: Array, width: int) -> Array:
+        """Four shorter columns for each of the range's own: it needs directions, not sizes."""
+        length = min(columns.shape[2], _RANGE_EXAMPLES)
+        groups = -(-4 * width // columns.shape[1])
+        return (
+            columns.reshape(-1, columns.shape[1], length)[:groups]
+            if columns.shape[2] % length == 0
+            else columns[:groups]
+        )
+
     def _pass(
         self, space: StateSpace, theta: Array, task: Task, columns: Array, whiten: Array, directions: Array, key: Array
     ) -> tuple[Array, Array]:
         """diag(A) (P,) and ``A directions`` (P, S) from one pass over the examples, each counted once."""
-        rows_of_directions = jax.lax.optimization_barrier(directions.T)  # read along P, as for the quadratic form
+        # read along P, as for the quadratic form; whitened on this side, since the columns are many
+        rows_of_directions = jax.lax.optimization_barrier(directions.T * whiten)
 
         def step(carry, inputs):
             squares, image = carry
-            white = jax.vmap(partial(self._column, space, theta, task))(*inputs) * whiten  # (columns, P)
-            image = image + (rows_of_directions @ white.T) @ white
-            return (squares + jnp.sum(jnp.square(white), axis=0), image), None
+            some = jax.vmap(partial(self._column, space, theta, task))(*inputs)  # (columns, P)
+            image = image + (rows_of_directions @ some.T) @ some
+            return (squares + jnp.sum(jnp.square(some), axis=0), image), None
 
         start = (jnp.zeros_like(theta), jnp.zeros_like(rows_of_directions))
         (squares, image), _ = jax.lax.scan(step, start, (columns, jax.random.split(key, columns.shape[:2])))
-        return squares, image.T
+        return squares * jnp.square(whiten), (image * whiten).T
 
     @staticmethod
     def _column(space: StateSpace, theta: Array, task: Task, indices: Array, key: Array) -> Array:

@@ -27,6 +27,7 @@ from ssm_nn.tasks import Task, Tasks
 __all__ = ["Layout", "ObservedSite", "Site", "StateSpace", "extract"]
 
 Array = Any
+Arrays = Mapping[str, Mapping[str, Any]]  # network name -> path -> leaf
 Program = Callable[[Tasks], Any]
 
 
@@ -60,6 +61,10 @@ class Layout:
     def vector(self, leaves: Mapping[str, Array]) -> Array:
         """The inverse of ``leaves``: (P,)."""
         return jnp.concatenate([jnp.ravel(leaves[s.name]) for s in self.sites])
+
+    def packed(self, arrays: Arrays) -> Array:
+        """The inverse of ``arrays``: (P,)."""
+        return jnp.concatenate([jnp.ravel(arrays[s.network][s.path]) for s in self.sites])
 
     def arrays(self, theta: Array) -> dict[str, dict[str, Array]]:
         """Network name -> path -> leaf, for one theta (P,)."""
@@ -104,9 +109,13 @@ class StateSpace(NamedTuple):
 
     def observe(self, theta: Array, task: Task) -> dict[str, ObservedSite]:
         """The observed sites of ``task`` at weights ``theta``, by name."""
+        return self.observe_at(self.layout.arrays(theta), task)
+
+    def observe_at(self, arrays: Arrays, task: Task) -> dict[str, ObservedSite]:
+        """``observe`` with the weights as named arrays, as ``Layout.arrays`` makes them."""
         recorder = _RecordSites()
         with handlers.block(), recorder:
-            self.body.run(self.layout.arrays(theta), task)
+            self.body.run(arrays, task)
         return recorder.sites
 
     def observed(self, theta: Array, task: Task) -> dict[str, ObservedSite]:
@@ -115,7 +124,11 @@ class StateSpace(NamedTuple):
         Raises:
             ValueError: for a site without a value, or no site at all.
         """
-        sites = self.observe(theta, task)
+        return self.observed_at(self.layout.arrays(theta), task)
+
+    def observed_at(self, arrays: Arrays, task: Task) -> dict[str, ObservedSite]:
+        """``observed`` with the weights as named arrays."""
+        sites = self.observe_at(arrays, task)
         for name, site in sites.items():
             if site.value is None:
                 raise ValueError(
@@ -128,8 +141,12 @@ class StateSpace(NamedTuple):
 
     def log_likelihood(self, theta: Array, task: Task) -> Array:
         """Sum over the task's examples and sites of ``log p(y | theta)``, masks and scales counted."""
-        total = sum(jnp.sum(site.log_likelihood()) for site in self.observed(theta, task).values())
+        total = self.log_likelihood_at(self.layout.arrays(theta), task)
         return jnp.asarray(total, theta.dtype)  # data of a wider type widen no state
+
+    def log_likelihood_at(self, arrays: Arrays, task: Task) -> Array:
+        """``log_likelihood`` with the weights as named arrays: a gradient by leaf, nothing packed."""
+        return jnp.asarray(sum(jnp.sum(site.log_likelihood()) for site in self.observed_at(arrays, task).values()))
 
     def outputs(self, theta: Array, example: Task) -> Array:
         """Canonical outputs (K,) of one example (a task of length 1), all sites joined."""
