@@ -3,6 +3,7 @@
 from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info
 from ssm_nn.inference.curvature import ExactCurvature
 from ssm_nn.inference.gauss_newton import GaussNewton
+from ssm_nn.inference.kronecker import Kronecker, KroneckerCurvature
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
 from ssm_nn.inference.minibatch import Minibatch
@@ -22,6 +23,8 @@ __all__ = [
     "Filtered",
     "GaussNewton",
     "Info",
+    "Kronecker",
+    "KroneckerCurvature",
     "LaplaceFilter",
     "Lbfgs",
     "Linearised",

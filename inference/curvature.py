@@ -110,6 +110,16 @@ def summed_log_likelihood(
     return summed
 
 
+def sampled_gradient(space: StateSpace, theta: Array, task: Task, examples: int) -> tuple[Array, Array]:
+    """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""
+    if task.num_examples <= examples:
+        return summed_log_likelihood(space, theta, task, jax.value_and_grad)
+    part, rest = range(examples), range(examples, task.num_examples)
+    value, gradient = summed_log_likelihood(space, theta, task, jax.value_and_grad, part)
+    counted = jnp.sum(task.mask) / jnp.maximum(jnp.sum(task.mask[:examples]), 1)
+    return value + summed_log_likelihood(space, theta, task, examples=rest), gradient * counted
+
+
 @dataclass(frozen=True)
 class ExactCurvature:
     """Every column of every example, in chunks; cost O(P (R + K)^2) a chunk of K columns. Exact at full rank.

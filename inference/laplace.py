@@ -49,11 +49,13 @@ class LaplaceFilter:
 
     Args:
         program: a NumPyro program with ``ssm_nn.weights`` and a loop over tasks.
-        structure: what is kept of the precision: ``LowRank(rank)``, ``Diagonal()`` or ``Dense()``.
+        structure: what is kept of the precision: ``LowRank(rank)``, ``Diagonal()``, ``Dense()`` or
+            ``Kronecker()``.
         hypers: the value of every latent site of the program outside its weights.
         estimator: finds the MAP weights of a task: ``GaussNewton()``, ``Lbfgs()`` or ``Minibatch(optax...)``; by default the
             one that suits the task's size.
-        curvature: gathers a task's information: ``ExactCurvature()`` (default) or ``SketchedCurvature(...)``.
+        curvature: gathers a task's information: ``ExactCurvature()`` (default), ``SketchedCurvature(...)``, or
+            ``KroneckerCurvature(...)`` with (and only with) ``Kronecker()``, whose default it is.
         power: how often the likelihood counts, > 0; 1 is Bayes' rule, 1 / power is the temperature of a cold posterior.
             With another power the evidence is that of the tempered likelihood.
     """
@@ -72,13 +74,15 @@ class LaplaceFilter:
             raise ValueError(f"program is {program!r}; a NumPyro program, a function of the tasks, is accepted")
         if not 0 < power < float("inf"):
             raise ValueError(f"power is {power}; a finite number > 0 is accepted")
-        if structure is not None and not hasattr(structure, "no_information"):
-            raise ValueError(f"structure is {structure!r}; LowRank(rank), Diagonal() and Dense() are accepted")
+        if structure is not None and not hasattr(structure, "cut_message"):
+            raise ValueError(
+                f"structure is {structure!r}; LowRank(rank), Diagonal(), Dense() and Kronecker() are accepted"
+            )
         self.program = program
         self.structure = LowRank(20) if structure is None else structure
         self.hypers = _strongly_typed(hypers or {})
         self.estimator = AutomaticEstimator() if estimator is None else estimator
-        self.curvature = ExactCurvature() if curvature is None else curvature
+        self.curvature = curvature or self.structure.curvature() or ExactCurvature()
         self.power = float(power)
         self._estimate = self.estimator.bind(program)
         self._first = jax.jit(self._first_belief)
@@ -121,9 +125,10 @@ class LaplaceFilter:
         task = without_masked(task)
         next_key, map_key, curvature_key = jax.random.split(state.key, 3)
         moments, predicted, start = self._advance(self.hypers, state, task, map_key)
+        self.structure.check_step(moments, predicted.precision)
         step = state.step + 1
         if not task.data:
-            info = Info.without_data(moments, self._no_information(predicted), time.perf_counter() - began)
+            info = Info.without_data(moments, predicted.precision.no_information(), time.perf_counter() - began)
             return FilterState(step, next_key, predicted.mean, predicted.precision), info
         self._check_values(task)
         power = jnp.asarray(self.power, predicted.mean.dtype)
@@ -146,7 +151,7 @@ class LaplaceFilter:
                 )
                 self._warn(int(step) - 1, info)
                 return FilterState(step, next_key, belief.mean, belief.precision), info
-        info = Info.without_data(moments, self._no_information(predicted), time.perf_counter() - began)
+        info = Info.without_data(moments, predicted.precision.no_information(), time.perf_counter() - began)
         info = info._replace(status=NOT_FINITE, steps=found.steps, log_evidence=float("nan"))
         self._warn(int(step) - 1, info)
         return FilterState(step, next_key, predicted.mean, predicted.precision), info
@@ -209,7 +214,7 @@ class LaplaceFilter:
 
     def _first_belief(self, hypers: Any, task: Task) -> Belief:
         space = self._space(hypers, task)
-        return Belief(space.prior_mean, self.structure.prior(space.prior_variance))
+        return Belief(space.prior_mean, self.structure.fitted(space, task).prior(space.prior_variance))
 
     def _predict(self, hypers: Any, state: FilterState, task: Task, key: Array) -> tuple[Moments, Belief, Array]:
         """Moments of the step, the predicted belief (the prior for the first task), and where the MAP search starts."""
@@ -238,7 +243,7 @@ class LaplaceFilter:
         )
         log_likelihood, slope = self.curvature.log_likelihood_and_gradient(space, theta, problem.task)
         log_likelihood, slope = problem.power * log_likelihood, problem.power * slope
-        cut = self.structure.cut(problem.precision.add(information.site))
+        cut = self.structure.cut(problem.precision.absorb(information.site))
         log_evidence = log_likelihood - 0.5 * problem.precision.quadratic(shift) - 0.5 * information.logdet_gain
         belief = Belief(theta, cut.precision)
         return (
@@ -252,9 +257,6 @@ class LaplaceFilter:
                 "finite": all_finite((belief, log_evidence)),
             },
         )
-
-    def _no_information(self, predicted: Belief) -> Any:
-        return self.structure.no_information(predicted.mean.shape[0], predicted.mean.dtype)
 
     def _check_values(self, task: Task) -> None:
         for name, ok in self._supported(self.hypers, task).items():

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows, single
-from ssm_nn.inference.curvature import Information, summed_log_likelihood
+from ssm_nn.inference.curvature import Information, sampled_gradient
 from ssm_nn.inference.structures import Diagonal, LowRank, Structure
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
@@ -110,12 +110,7 @@ class SketchedCurvature:
 
     def log_likelihood_and_gradient(self, space: StateSpace, theta: Array, task: Task) -> tuple[Array, Array]:
         """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""
-        if task.num_examples <= self.examples:
-            return summed_log_likelihood(space, theta, task, jax.value_and_grad)
-        part, rest = range(self.examples), range(self.examples, task.num_examples)
-        value, gradient = summed_log_likelihood(space, theta, task, jax.value_and_grad, part)
-        counted = jnp.sum(task.mask) / jnp.maximum(jnp.sum(task.mask[: self.examples]), 1)
-        return value + summed_log_likelihood(space, theta, task, examples=rest), gradient * counted
+        return sampled_gradient(space, theta, task, self.examples)
 
     def _small_batches(self, task: Task, key: Array) -> tuple[Array, Array]:
         """Indices (groups, columns, column_batch) of examples drawn without replacement, and what one of them counts."""

@@ -148,7 +148,7 @@ def _sample_before(belief: Belief, moments: Moments, after: Array, key: Array) -
 @jax.jit
 def _log_density_before(belief: Belief, moments: Moments, here: Array, after: Array) -> Array:
     residual = here - _mean_before(belief, moments, after)
-    residual = residual if moments.permutation is None else residual[moments.permutation]
+    residual = residual if moments.permutation is None else moments.permutation(residual)
     return permuted(belief.precision, moments).conditional_log_density(moments, residual)
 
 

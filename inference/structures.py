@@ -7,13 +7,16 @@ back to its size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax.numpy as jnp
 
+from ssm_nn.extraction import StateSpace
+from ssm_nn.moments import Moments
 from ssm_nn.precision_dense import DensePrecision
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
+from ssm_nn.tasks import Task
 
 __all__ = ["Cut", "Dense", "Diagonal", "LowRank", "Structure"]
 
@@ -27,15 +30,40 @@ class Cut(NamedTuple):
     dropped_share: Array
 
 
+class AnyProgram:
+    """Structures that need to know nothing of the program, and carry every step."""
+
+    def fitted(self, space: StateSpace, task: Task) -> Self:
+        """Itself."""
+        del space, task
+        return self
+
+    def curvature(self) -> None:
+        """The exact one."""
+        return
+
+    def check_step(self, moments: Moments, precision: Any) -> None:
+        """Every step with gains and noises by weight; what a map asks is checked where it is applied."""
+        del moments, precision
+
+
 class Structure(Protocol):
     """What a filter asks of a structure; all methods are pure and fit for ``jit``."""
 
-    def prior(self, variance: Array) -> Any:
-        """Precision of independent weights with the given variances (P,)."""
+    def fitted(self, space: StateSpace, task: Task) -> Structure:
+        """The structure with what it must know of the program before the first belief; ``task`` gives shapes."""
         ...
 
-    def no_information(self, size: int, dtype: Any) -> Any:
-        """The information of a task without data."""
+    def curvature(self) -> Any:
+        """The curvature that suits the structure, where the user names none; None is the exact one."""
+        ...
+
+    def check_step(self, moments: Moments, precision: Any) -> None:
+        """Raise ValueError for a step that the structure cannot carry; the arrays are concrete."""
+        ...
+
+    def prior(self, variance: Array) -> Any:
+        """Precision of independent weights with the given variances (P,)."""
         ...
 
     def gather(self, site: Any, columns: Array, metric: Array) -> Cut:
@@ -52,7 +80,7 @@ class Structure(Protocol):
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(AnyProgram):
     """Diagonal plus ``rank`` columns, O(P rank) memory; at full rank exact.
 
     Args:
@@ -71,10 +99,6 @@ class LowRank:
     def prior(self, variance: Array) -> DiagonalPlusLowRank:
         """``diag(1 / variance)``."""
         return DiagonalPlusLowRank(1 / variance, jnp.zeros((variance.shape[0], self.rank), variance.dtype))
-
-    def no_information(self, size: int, dtype: Any) -> DiagonalPlusLowRank:
-        """Zeros."""
-        return DiagonalPlusLowRank(jnp.zeros(size, dtype), jnp.zeros((size, self.rank), dtype))
 
     def gather(self, site: DiagonalPlusLowRank | None, columns: Array, metric: Array) -> Cut:
         """Cut ``[V_site V]`` in the whitened metric."""
@@ -97,16 +121,12 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(AnyProgram):
     """The diagonal alone, O(P) memory: the filter that online EWC approximates."""
 
     def prior(self, variance: Array) -> DiagonalPrecision:
         """``diag(1 / variance)``."""
         return DiagonalPrecision(1 / variance)
-
-    def no_information(self, size: int, dtype: Any) -> DiagonalPrecision:
-        """Zeros."""
-        return DiagonalPrecision(jnp.zeros(size, dtype))
 
     def gather(self, site: DiagonalPrecision | None, columns: Array, metric: Array) -> Cut:
         """Add the squares of the columns."""
@@ -125,16 +145,12 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(AnyProgram):
     """The full matrix, O(P^2) memory and O(P^3) time: exact, for up to a few thousand weights."""
 
     def prior(self, variance: Array) -> DensePrecision:
         """``diag(1 / variance)``."""
         return DensePrecision(jnp.diag(1 / variance))
-
-    def no_information(self, size: int, dtype: Any) -> DensePrecision:
-        """Zeros."""
-        return DensePrecision(jnp.zeros((size, size), dtype))
 
     def gather(self, site: DensePrecision | None, columns: Array, metric: Array) -> Cut:
         """Add ``V V^T``."""

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from ssm_nn.moments import Leaf, Moments, Transition, moments_of
 
-__all__ = ["OrnsteinUhlenbeck", "Permuted", "RandomWalk", "ShrinkAndPerturb", "Static"]
+__all__ = ["OrnsteinUhlenbeck", "Permuted", "RandomWalk", "Rotated", "ShrinkAndPerturb", "Static"]
 
 Array = Any
 
@@ -112,3 +112,37 @@ class Permuted(NamedTuple):
             f"each of 0 .. {size - 1} once (axis {self.axis} of shape {leaf.shape})",
         )
         return moments._replace(permutation=self.permutation, axis=self.axis)
+
+
+class Rotated(NamedTuple):
+    """Turn the leaf along an axis, then move it: ``theta_t | theta_{t-1} ~ then(O theta_{t-1})``, O orthogonal.
+
+    For inputs turned by a known map: where x_t = x_{t-1} O^T, the first layer's rows move along, as for ``Permuted``. The
+    structures ``Kronecker`` and ``Dense`` carry it exactly; ``ssm_nn.models.rotations.orthogonal_rotation`` makes O for
+    images.
+
+    Attributes:
+        matrix: O, orthogonal (n, n) to 1e-4, n the size of the axis.
+        axis: axis of the leaf that runs over the inputs.
+        then: the kernel applied afterwards; its gain and noise must be the same for all entries of the axis.
+    """
+
+    matrix: Array
+    axis: int = 0
+    then: Transition = Static()
+
+    def moments(self, leaf: Leaf) -> Moments:
+        """Those of ``then``, with O in front."""
+        moments = moments_of(self.then, leaf)
+        if moments.permutation is not None:
+            raise ValueError("Rotated around another known map; multiply the two into one matrix")
+        matrix = self.matrix if isinstance(self.matrix, Tracer) else np.asarray(self.matrix, float)
+        if not isinstance(matrix, Tracer):
+            square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+            off = np.max(np.abs(matrix @ matrix.T - np.eye(len(matrix)))) if square else np.inf
+            if not off < 1e-4:
+                raise ValueError(
+                    f"the matrix of Rotated for {leaf.path!r} has shape {matrix.shape} and differs from an orthogonal one by "
+                    f"{off:.2g}; an orthogonal matrix is accepted, such as orthogonal_rotation's"
+                )
+        return moments._replace(permutation=jnp.asarray(matrix, float), axis=self.axis)

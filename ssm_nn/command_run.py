@@ -246,7 +246,7 @@ class Experiment:
 
     def _info_template(self, kernel: Kernel, state: FilterState) -> Info:
         moments = extract(self.program, self._example, self._hypers(kernel)).moments
-        site = self.engine.structure.no_information(state.mean.shape[0], state.mean.dtype)
+        site = state.precision.no_information()
         return Info.without_data(moments, site, 0.0)
 
     def _evidence(self, seed: int, kernel: Kernel) -> float | None:

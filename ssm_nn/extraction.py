@@ -18,6 +18,7 @@ from jax.core import Tracer
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
+from ssm_nn.coordinate_map import CoordinateMap, LeafMap
 from ssm_nn.likelihoods import likelihood_of
 from ssm_nn.markov_path import MarkovPath
 from ssm_nn.moments import Moments
@@ -95,7 +96,7 @@ class StateSpace(NamedTuple):
     Attributes:
         layout: where each leaf lies in theta (P,).
         prior_mean, prior_variance: (P,), of the first task's weights.
-        moments: gain, shift, noise (P,) of the step into this task, permutation (P,) or None.
+        moments: gain, shift, noise (P,) of the step into this task, and a CoordinateMap or None.
         initial: (P,), the networks' own initial weights.
         body: what is observed of a task.
     """
@@ -150,7 +151,11 @@ class StateSpace(NamedTuple):
 
     def outputs(self, theta: Array, example: Task) -> Array:
         """Canonical outputs (K,) of one example (a task of length 1), all sites joined."""
-        sites = self.observe(theta, example).values()
+        return self.outputs_at(self.layout.arrays(theta), example)
+
+    def outputs_at(self, arrays: Arrays, example: Task) -> Array:
+        """``outputs`` with the weights as named arrays."""
+        sites = self.observe_at(arrays, example).values()
         return jnp.concatenate([jnp.ravel(likelihood_of(site.distribution).outputs) for site in sites])
 
     def output_factor(self, theta: Array, example: Task) -> Array:
@@ -332,12 +337,11 @@ def _assemble(paths: Mapping[str, MarkovPath], body: TaskBody) -> StateSpace:
         means.append(wide(fn.loc))
         variances.append(wide(jnp.square(fn.scale)))
         initials.append(wide(initial))
-        parts.append((wide(step.gain), wide(step.shift), wide(step.noise), _flat_permutation(step, shape, start)))
+        parts.append((wide(step.gain), wide(step.shift), wide(step.noise), _leaf_map(step, shape, start)))
         start += size
     gain, shift, noise = (jnp.concatenate([part[i] for part in parts]) for i in range(3))
-    moved = any(part[3] is not None for part in parts)
-    order = [jnp.arange(s.start, s.stop) if p[3] is None else p[3] for s, p in zip(sites, parts, strict=True)]
-    moments = Moments(gain, shift, noise, jnp.concatenate(order) if moved else None)
+    maps = tuple(part[3] for part in parts if part[3] is not None)
+    moments = Moments(gain, shift, noise, CoordinateMap(maps) if maps else None)
     return StateSpace(
         Layout(tuple(sites)),
         jnp.concatenate(means),
@@ -356,8 +360,7 @@ def _owner(name: str, named: list[tuple[Any, str]]) -> tuple[str, str]:
     raise ValueError(f"the weights {name!r} are observed by no task; pass every network to over(...)")
 
 
-def _flat_permutation(step: Moments, shape: tuple[int, ...], start: int) -> Array | None:
+def _leaf_map(step: Moments, shape: tuple[int, ...], start: int) -> LeafMap | None:
     if step.permutation is None:
         return None
-    places = jnp.arange(start, start + int(np.prod(shape, dtype=int))).reshape(shape)
-    return jnp.ravel(jnp.take(places, step.permutation, axis=step.axis))
+    return LeafMap(jnp.asarray(step.permutation), start, shape, step.axis % len(shape))

@@ -13,6 +13,7 @@ from numpyro.distributions.util import validate_sample
 from numpyro.infer.reparam import Reparam
 from numpyro.util import is_prng_key
 
+from ssm_nn.coordinate_map import is_indices
 from ssm_nn.moments import Moments, step_mean
 
 __all__ = ["InnovationReparam", "MarkovPath", "never_moves"]
@@ -118,6 +119,8 @@ class MarkovPath(dist.Distribution):
     @property
     def variance(self):
         first = jnp.broadcast_to(jnp.square(self.scale), self.leaf_shape)
+        if self.moments.permutation is not None and not is_indices(self.moments.permutation):
+            raise NotImplementedError("the variances of a path turned by a matrix; draw paths and take theirs")
         values = [first]
         for t in range(1, self.event_shape[0]):
             step = self.step_into(t)

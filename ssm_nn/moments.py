@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ssm_nn.coordinate_map import along_axis, is_indices
+
 __all__ = ["Leaf", "Moments", "Transition", "step_mean"]
 
 Array = Any
@@ -31,13 +33,14 @@ class Leaf(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """``theta_t | theta_{t-1} ~ N(gain * theta_{t-1}[permutation] + shift, noise)``, coordinate by coordinate.
+    """``theta_t | theta_{t-1} ~ N(gain * O theta_{t-1} + shift, noise)``, coordinate by coordinate after O.
 
     Attributes:
         gain, shift: broadcastable to the leaf.
         noise: variance, >= 0, broadcastable to the leaf; 0 makes the step deterministic.
-        permutation: indices along ``axis`` of the leaf applied before the gain, or None.
-        axis: the axis of the leaf that ``permutation`` re-orders.
+        permutation: O, applied along ``axis`` of the leaf before the gain: indices (n,), an orthogonal matrix (n, n) of
+            floating-point numbers, or None. In the moments of all weights together it is a ``CoordinateMap``.
+        axis: the axis of the leaf on which O acts.
     """
 
     gain: Array = 1.0
@@ -107,15 +110,15 @@ def check_moments(moments: Moments, leaf: Leaf, leading: tuple[int, ...] = ()) -
     if moments.permutation is not None:
         size = leaf.shape[moments.axis] if -len(leaf.shape) <= moments.axis < len(leaf.shape) else None
         shape = jnp.shape(moments.permutation)[len(leading) :]
-        if size is None or shape != (size,):
+        if size is None or shape != ((size,) if is_indices(moments.permutation) else (size, size)):
             raise ValueError(
-                f"the kernel permutes axis {moments.axis} of {leaf.path!r} (shape {leaf.shape}) with indices of shape "
-                f"{shape}; one index for each row is accepted"
+                f"the kernel maps axis {moments.axis} of {leaf.path!r} (shape {leaf.shape}) with an array of shape {shape} and "
+                f"dtype {jnp.result_type(moments.permutation)}; one index for each row, or a square matrix, is accepted"
             )
 
 
 def step_mean(moments: Moments, value: Array) -> Array:
-    """``gain * value[permutation] + shift`` for one leaf ``value``."""
+    """``gain * O value + shift`` for one leaf ``value``."""
     if moments.permutation is not None:
-        value = jnp.take(value, moments.permutation, axis=moments.axis)
+        value = along_axis(moments.permutation, value, moments.axis)
     return moments.gain * value + moments.shift

@@ -6,6 +6,8 @@ has the same named read-outs. The dense form is the exact twin that the others a
     DensePrecision(matrix)                 Lambda = matrix              ssm_nn/precision_dense.py
     DiagonalPrecision(diagonal)            Lambda = diag(d)             ssm_nn/precision_diagonal.py
     DiagonalPlusLowRank(diagonal, factor)  Lambda = diag(d) + U U^T     ssm_nn/precision_low_rank.py
+    KroneckerEigen(blocks, rest)           Lambda_l = (V_A (x) V_G) diag(vec S) (V_A (x) V_G)^T a layer
+                                                                        ssm_nn/precision_kronecker.py
 
 The information that a task adds, and the message that the smoother sends backwards, are of the same family but only
 positive semi-definite: they may be added to a precision, not solved with.
@@ -16,8 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
-import jax.numpy as jnp
-
+from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
 
 __all__ = ["Precision", "permuted", "step_mean_vector", "unpermuted", "unpermuted_vector"]
@@ -68,12 +69,24 @@ class Precision(Protocol):
         """``Lambda + site``, uncompressed; ``site`` is of the same structure, positive semi-definite."""
         ...
 
+    def absorb(self, site: Any) -> Self:
+        """``add`` for the information of the newest data, in whatever basis that came in."""
+        ...
+
+    def no_information(self) -> Self:
+        """The information of a task without data."""
+        ...
+
     def add_columns(self, columns: Array) -> Precision:
         """``Lambda + V V^T`` exactly, V (P, K), in whatever structure holds it."""
         ...
 
-    def permute(self, permutation: Array) -> Self:
-        """Precision of ``theta[permutation]``."""
+    def mapped(self, coordinates: CoordinateMap) -> Self:
+        """Precision of ``O theta``.
+
+        Raises:
+            ValueError: for a map that the structure cannot carry.
+        """
         ...
 
     def predict(self, moments: Moments) -> Self:
@@ -98,21 +111,21 @@ class Precision(Protocol):
 
 
 def step_mean_vector(moments: Moments, mean: Array) -> Array:
-    """``gain * mean[permutation] + shift`` for a vector (P,)."""
-    moved = mean if moments.permutation is None else mean[moments.permutation]
+    """``gain * O mean + shift`` for a vector (P,)."""
+    moved = mean if moments.permutation is None else moments.permutation(mean)
     return moments.gain * moved + moments.shift
 
 
 def permuted(precision: Any, moments: Moments) -> Any:
-    """The precision in the coordinates in which the gain acts, those of ``theta[permutation]``."""
-    return precision if moments.permutation is None else precision.permute(moments.permutation)
+    """The precision in the coordinates in which the gain acts, those of ``O theta``."""
+    return precision if moments.permutation is None else precision.mapped(moments.permutation)
 
 
 def unpermuted(precision: Any, moments: Moments) -> Any:
     """The inverse of ``permuted``."""
-    return precision if moments.permutation is None else precision.permute(jnp.argsort(moments.permutation))
+    return precision if moments.permutation is None else precision.mapped(moments.permutation.inverse())
 
 
 def unpermuted_vector(moments: Moments, x: Array) -> Array:
     """``x`` (P,) of the gain's coordinates in those of theta."""
-    return x if moments.permutation is None else x[jnp.argsort(moments.permutation)]
+    return x if moments.permutation is None else moments.permutation.inverse()(x)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve, solve_triangular
 
+from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
 
 __all__ = ["DensePrecision"]
@@ -74,9 +75,17 @@ class DensePrecision(NamedTuple):
         """``matrix + V V^T``."""
         return DensePrecision(self.matrix + columns @ columns.T)
 
-    def permute(self, permutation: Array) -> DensePrecision:
-        """Rows and columns in the new order."""
-        return DensePrecision(self.matrix[permutation][:, permutation])
+    def absorb(self, site: DensePrecision) -> DensePrecision:
+        """``add``."""
+        return self.add(site)
+
+    def no_information(self) -> DensePrecision:
+        """Zeros."""
+        return DensePrecision(jnp.zeros_like(self.matrix))
+
+    def mapped(self, coordinates: CoordinateMap) -> DensePrecision:
+        """``O Lambda O^T``."""
+        return DensePrecision(coordinates(coordinates(self.matrix).T))
 
     def predict(self, moments: Moments) -> DensePrecision:
         """``(A Sigma A + Q)^-1``, by way of the covariance: exact for noise 0 and gain 0 alike."""

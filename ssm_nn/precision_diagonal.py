@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
 
@@ -69,9 +70,17 @@ class DiagonalPrecision(NamedTuple):
         """Diagonal plus the columns."""
         return DiagonalPlusLowRank(self.diagonal, columns)
 
-    def permute(self, permutation: Array) -> DiagonalPrecision:
-        """Rows in the new order."""
-        return DiagonalPrecision(self.diagonal[permutation])
+    def absorb(self, site: DiagonalPrecision) -> DiagonalPrecision:
+        """``add``."""
+        return self.add(site)
+
+    def no_information(self) -> DiagonalPrecision:
+        """Zeros."""
+        return DiagonalPrecision(jnp.zeros_like(self.diagonal))
+
+    def mapped(self, coordinates: CoordinateMap) -> DiagonalPrecision:
+        """In the new order."""
+        return DiagonalPrecision(self.diagonal[coordinates.indices(self.diagonal.shape[0])])
 
     def predict(self, moments: Moments) -> DiagonalPrecision:
         """``d / (a^2 + q d)``."""

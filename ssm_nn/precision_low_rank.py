@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
 
 __all__ = ["Compressed", "DiagonalPlusLowRank", "compress"]
@@ -94,9 +95,18 @@ class DiagonalPlusLowRank(NamedTuple):
         """Rank R + K."""
         return DiagonalPlusLowRank(self.diagonal, jnp.concatenate([self.factor, columns], axis=1))
 
-    def permute(self, permutation: Array) -> DiagonalPlusLowRank:
+    def absorb(self, site: DiagonalPlusLowRank) -> DiagonalPlusLowRank:
+        """``add``."""
+        return self.add(site)
+
+    def no_information(self) -> DiagonalPlusLowRank:
+        """Zeros."""
+        return DiagonalPlusLowRank(jnp.zeros_like(self.diagonal), jnp.zeros_like(self.factor))
+
+    def mapped(self, coordinates: CoordinateMap) -> DiagonalPlusLowRank:
         """Rows of both in the new order."""
-        return DiagonalPlusLowRank(self.diagonal[permutation], self.factor[permutation])
+        order = coordinates.indices(self.diagonal.shape[0])
+        return DiagonalPlusLowRank(self.diagonal[order], self.factor[order])
 
     def predict(self, moments: Moments) -> DiagonalPlusLowRank:
         """Exact, rank kept: ``E = 1/(a^2 + q D)``, ``M = I + U^T diag(q E) U``, ``D' = D E``, ``U' = diag(a E) U M^-T/2``."""

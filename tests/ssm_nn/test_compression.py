@@ -48,7 +48,9 @@ def test_what_is_cut_off_keeps_the_diagonal_and_the_trace(rank):
     assert cut.precision.rank == rank
     np.testing.assert_allclose(np.diag(cut.precision.to_dense()), np.diag(wide.to_dense()), rtol=1e-12)
     np.testing.assert_allclose(cut.precision.precision_diagonal(), wide.precision_diagonal(), rtol=1e-12)
-    gathered = LowRank(rank).gather(LowRank(rank).no_information(P, float), jnp.array(factor), jnp.array(metric))
+    gathered = LowRank(rank).gather(
+        LowRank(rank).prior(jnp.ones(P)).no_information(), jnp.array(factor), jnp.array(metric)
+    )
     np.testing.assert_allclose(np.diag(gathered.precision.to_dense()), np.sum(factor**2, axis=1), rtol=1e-12)
 
 
@@ -77,10 +79,10 @@ def test_small_singular_values_survive_float32():
 
 def test_dense_and_diagonal_keep_what_they_can_hold():
     factor, metric = drawn(7)
-    dense = Dense().gather(Dense().no_information(P, float), jnp.array(factor), jnp.array(metric))
+    dense = Dense().gather(Dense().prior(jnp.ones(P)).no_information(), jnp.array(factor), jnp.array(metric))
     np.testing.assert_allclose(dense.precision.to_dense(), factor @ factor.T, atol=1e-12)
     assert dense.dropped_share == 0
-    diagonal = Diagonal().gather(Diagonal().no_information(P, float), jnp.array(factor), jnp.array(metric))
+    diagonal = Diagonal().gather(Diagonal().prior(jnp.ones(P)).no_information(), jnp.array(factor), jnp.array(metric))
     np.testing.assert_allclose(diagonal.precision.diagonal, np.sum(factor**2, axis=1))
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssm_nn.coordinate_map import CoordinateMap, LeafMap
 from ssm_nn.moments import Moments
 from ssm_nn.precision_dense import DensePrecision
 from ssm_nn.precision_diagonal import DiagonalPrecision
@@ -133,7 +134,8 @@ def test_sums_and_orders_equal_dense_algebra(structure):
     assert_close(wide.to_dense(), case.dense + case.wide @ case.wide.T)
     assert_close(wide.solve(case.x), np.linalg.solve(case.dense + case.wide @ case.wide.T, case.x))
     moved = np.eye(P)[order]
-    assert_close(case.precision.permute(order).to_dense(), moved @ case.dense @ moved.T)
+    coordinates = CoordinateMap((LeafMap(jnp.array(order), 0, (P,), 0),))
+    assert_close(case.precision.mapped(coordinates).to_dense(), moved @ case.dense @ moved.T)
 
 
 @each

@@ -1,0 +1,313 @@
+"""The Kronecker-eigen structure, and the curvature of a task in it.
+
+    A_t = sum_n sum_p a a^T,  G_t = sum_n sum_p g g^T       a a layer's inputs, g gradients at its outputs, g ~ J^T L e
+    V_A, V_G   eigenvectors of the partial traces of  Lambda' + A_t (x) G_t / N
+    S_t = sum_n (V_A^T (sum_p a_p g_p^T) V_G)^2             squares elementwise: the exact diagonal in that basis
+
+over the examples of the whole task. Exact for a linear model with Gaussian outputs and one prior variance: the information
+is then a Kronecker product with the identity. Else the trace and the diagonal in the basis are exact, the rest is lost.
+Sources: Martens and Grosse 2015 (arXiv 1503.05671), Grosse and Martens 2016 (arXiv 1602.01407, convolutions), George et al.
+2018 (arXiv 1806.03884, the eigenvalues).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssm_nn.extraction import StateSpace
+from ssm_nn.inference.batches import index_batches, rows, single
+from ssm_nn.inference.curvature import Information, factor_columns, sampled_gradient
+from ssm_nn.inference.structures import Cut, LowRank
+from ssm_nn.layer_places import LayerPlace, Places
+from ssm_nn.layers import Layer, find_layers, run_layers
+from ssm_nn.moments import Moments
+from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen, common_basis
+from ssm_nn.precision_low_rank import DiagonalPlusLowRank
+from ssm_nn.tasks import Task
+
+__all__ = ["Kronecker", "KroneckerCurvature"]
+
+Array = Any
+
+# numbers of one chunk of inputs, gradients and their products (64 MiB in float32), and its examples at most
+_CHUNK_NUMBERS, _CHUNK_EXAMPLES = 2**24, 1024
+_REST_EXAMPLES = 20  # behind one random column of the weights outside the layers
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """Block-diagonal over layers, each block a Kronecker product of two bases with free eigenvalues.
+
+    Memory (I^2 + O^2 + I O) a layer. Dense and convolutional layers are found by tracing the network; weights outside them,
+    such as those of normalisers, keep a diagonal plus low rank, and a warning names them. Serves kernels with one gain and
+    one noise a layer, bias included.
+
+    Args:
+        rank: of the weights outside the layers.
+    """
+
+    rank: int = 10
+    places: Places | None = None
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(f"rank is {self.rank!r}; a whole number >= 0 is accepted")
+
+    def fitted(self, space: StateSpace, task: Task) -> Kronecker:
+        """With the places of the layers.
+
+        Raises:
+            ValueError: for a task without data, which cannot be traced, and for tied weights.
+        """
+        if not task.data:
+            raise ValueError("the first task has no data: Kronecker needs its shapes to find the network's layers")
+        return replace(self, places=find_places(space, task))
+
+    def curvature(self) -> KroneckerCurvature:
+        """From 10,000 examples."""
+        return KroneckerCurvature()
+
+    def check_step(self, moments: Moments, precision: KroneckerEigen) -> None:
+        """One gain and one noise a layer."""
+        for name in ("gain", "noise"):
+            vector = np.asarray(getattr(moments, name))
+            for layer in precision.places.layers:
+                here = np.concatenate([vector[slice(*span)] for span in layer.spans])
+                if here.min() != here.max():
+                    raise ValueError(
+                        f"the kernel's {name} differs within the layer of {layer.name!r} ({here.min():.3g} to "
+                        f"{here.max():.3g}): Kronecker carries one gain and one noise a layer, its bias included; give both "
+                        "leaves one kernel, or use LowRank, Diagonal or Dense"
+                    )
+
+    def prior(self, variance: Array) -> KroneckerEigen:
+        """``diag(1 / variance)``."""
+        if self.places is None:
+            raise ValueError("Kronecker must be fitted to a program first: structure.fitted(space, task)")
+        return KroneckerEigen.diagonal(1 / variance, self.places, self.rank)
+
+    def gather(self, site: Any, columns: Array, metric: Array) -> Cut:
+        """Not held by this form."""
+        raise ValueError("Kronecker takes no single columns; use KroneckerCurvature, which is its default")
+
+    def cut(self, precision: KroneckerEigen) -> Cut:
+        """The weights outside the layers back to their rank."""
+        if not precision.places.rest_size:
+            return Cut(precision, jnp.zeros((), precision.rest.diagonal.dtype))
+        rest = LowRank(self.rank).cut(precision.rest)
+        return Cut(replace(precision, rest=rest.precision), rest.dropped_share)
+
+    def cut_message(self, message: KroneckerEigen, precision: KroneckerEigen) -> KroneckerEigen:
+        """Likewise."""
+        if not precision.places.rest_size:
+            return message
+        return replace(message, rest=LowRank(self.rank).cut_message(message.rest, precision.rest))
+
+
+def find_places(space: StateSpace, task: Task) -> Places:
+    """The layers of a program's networks, with a warning for the weights that are in none."""
+    starts = {(site.network, site.path): site for site in space.layout.sites}
+
+    def place(layer: Layer) -> LayerPlace:
+        site = starts[layer.kernel]
+        bias = None if layer.bias is None else starts[layer.bias].start
+        return LayerPlace(site.name, site.start, site.shape, layer.input_axes, layer.output_axis, bias)
+
+    layers = _layers(space, task, space.layout.arrays(space.prior_mean))
+    places = Places(tuple(place(layer) for layer in layers), space.layout.size)
+    outside = [s.name for s in space.layout.sites if any(start <= s.start < stop for start, stop in places.rest)]
+    if outside:
+        warnings.warn(
+            f"Kronecker: {', '.join(outside)} belong to no dense or convolutional layer; they keep a diagonal plus low rank",
+            stacklevel=2,
+        )
+    return places
+
+
+def _layers(space: StateSpace, task: Task, arrays: Any) -> tuple[Layer, ...]:
+    first = single(task, jax.tree.map(lambda a: jnp.asarray(a)[0], task.data), jnp.asarray(True))
+    return find_layers(lambda arrays: space.outputs_at(arrays, first), arrays)
+
+
+@dataclass(frozen=True)
+class KroneckerCurvature:
+    """Two passes over the examples: one for the basis, one for the eigenvalues in it.
+
+    While N times the columns of the exact output factor is at most ``examples``, all columns are used; beyond, one column
+    an example with random signs, whose second moment is the same.
+
+    Args:
+        examples: drawn from the task and scaled up to it; a task of fewer is used whole.
+    """
+
+    examples: int = 10_000
+
+    def __post_init__(self):
+        if isinstance(self.examples, bool) or not isinstance(self.examples, int) or self.examples < 1:
+            raise ValueError(f"examples is {self.examples!r}; a whole number >= 1 is accepted")
+
+    def gather(
+        self, space: StateSpace, structure: Any, theta: Array, task: Task, predicted: Any, power: Array, key: Array
+    ) -> Information:
+        """The site in the basis chosen for ``predicted`` and it together; its log-determinant there, an upper bound."""
+        if not isinstance(structure, Kronecker):
+            raise ValueError(f"KroneckerCurvature serves Kronecker, not {structure}; use ExactCurvature")
+        subset_key, sign_key, rest_key = jax.random.split(key, 3)
+        total = task.num_examples
+        chosen = jnp.arange(total)
+        if total > self.examples:
+            chosen = jax.random.permutation(subset_key, total)[: self.examples]
+        counted = jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
+        scale = power * jnp.sum(task.mask) / counted
+        passes = _LayerPasses(space, theta, task, chosen, sign_key, self.examples)
+        sides = passes.sides()
+        blocks = []
+        for block, (inputs, outputs), layer in zip(predicted.blocks, sides, passes.layers, strict=True):
+            share = scale / (counted * layer.positions)
+            new = inputs * (jnp.trace(outputs) * share), outputs * (jnp.trace(inputs) * share)
+            blocks.append(EigenBlock(*common_basis([block.traces(), new]), block.values))
+        blocks = [
+            block._replace(values=scale * values) for block, values in zip(blocks, passes.squares(blocks), strict=True)
+        ]
+        rest, share = predicted.rest.no_information(), jnp.zeros((), theta.dtype)
+        if predicted.places.rest_size:
+            cut = self._rest(space, structure, theta, task, predicted, chosen, rest_key)
+            rest, share = _scaled(cut.precision, scale), cut.dropped_share
+        site = replace(predicted, blocks=tuple(blocks), rest=rest)
+        return Information(site, predicted.absorb(site).logdet() - predicted.logdet(), share)
+
+    def log_likelihood_and_gradient(self, space: StateSpace, theta: Array, task: Task) -> tuple[Array, Array]:
+        """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""
+        return sampled_gradient(space, theta, task, self.examples)
+
+    def _rest(
+        self,
+        space: StateSpace,
+        structure: Kronecker,
+        theta: Array,
+        task: Task,
+        predicted: Any,
+        chosen: Array,
+        key: Array,
+    ) -> Cut:
+        """Columns of the weights outside the layers, one of random signs for some examples, streamed through the cut."""
+        places, low_rank = predicted.places, LowRank(structure.rank)
+        metric = predicted.rest.precision_diagonal()
+        total = task.num_examples
+        batches = index_batches(chosen, min(_REST_EXAMPLES, chosen.shape[0]), total)
+        together = min(32, batches.shape[0])
+        groups = index_batches(batches.ravel(), together * batches.shape[1], total).reshape(
+            -1, together, batches.shape[1]
+        )
+
+        def column(indices: Array, key: Array) -> Array:
+            batch = rows(task, indices)
+
+            def outputs(weights):
+                return jax.vmap(lambda d, m: space.outputs(weights, single(batch, d, m)))(batch.data, batch.mask)
+
+            factors = jax.vmap(lambda d, m: space.output_factor(theta, single(batch, d, m)))(batch.data, batch.mask)
+            at_theta, pull = jax.vjp(outputs, theta)
+            signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
+            return places.rest_of(pull(jnp.einsum("nkc,nc->nk", factors, signs))[0])
+
+        def step(site, inputs):
+            wide = jax.vmap(column)(*inputs).T
+            cut = low_rank.gather(site, wide, metric)
+            return cut.precision, cut.dropped_share
+
+        keys = jax.random.split(key, groups.shape[:2])
+        site, shares = jax.lax.scan(step, predicted.rest.no_information(), (groups, keys))
+        return Cut(site, jnp.max(shares))
+
+
+def _scaled(site: DiagonalPlusLowRank, scale: Array) -> DiagonalPlusLowRank:
+    return DiagonalPlusLowRank(site.diagonal * scale, site.factor * jnp.sqrt(scale))
+
+
+class _LayerPasses:
+    """Scans over the examples' layer inputs and output gradients, at fixed weights."""
+
+    def __init__(self, space: StateSpace, theta: Array, task: Task, chosen: Array, key: Array, exact_columns: int):
+        self.space, self.theta, self.task = space, theta, task
+        self.arrays = space.layout.arrays(theta)
+        self.layers = _layers(space, task, self.arrays)
+        width = factor_columns(space, task)
+        self.all_columns = chosen.shape[0] * width <= exact_columns
+        used = width if self.all_columns else 1
+        numbers = max(
+            layer.positions * (layer.num_inputs + used * layer.num_outputs)
+            + (used * layer.num_inputs * layer.num_outputs if layer.positions > 1 else 0)
+            for layer in self.layers
+        )
+        size = int(np.clip(_CHUNK_NUMBERS // numbers, 1, min(_CHUNK_EXAMPLES, chosen.shape[0])))
+        self.chunks = index_batches(chosen, size, task.num_examples)
+        self.keys = jax.random.split(key, self.chunks.shape)
+
+    def sides(self) -> list[tuple[Array, Array]]:
+        """A (I, I) and G (O, O) of each layer, summed over examples and positions."""
+
+        def of_layer(inputs: Array, gradients: Array) -> tuple[Array, Array]:
+            flat = gradients.reshape(-1, gradients.shape[-1])
+            return _gram(inputs.reshape(-1, inputs.shape[-1])), _gram(flat)
+
+        return self._summed(lambda layers: [of_layer(*layer) for layer in layers])
+
+    def squares(self, blocks: list[EigenBlock]) -> list[Array]:
+        """Sum over examples of the squared gradients (I, O) in the given bases."""
+
+        def of_layer(block: EigenBlock, inputs: Array, gradients: Array) -> Array:
+            a, g = inputs @ block.inputs, gradients @ block.outputs  # (n, p, I), (n, c, p, O)
+            if a.shape[1] == 1:
+                return jnp.square(a[:, 0]).T @ jnp.sum(jnp.square(g[:, :, 0]), axis=1)
+            return jnp.sum(jnp.square(jnp.einsum("npi,ncpo->ncio", a, g)), axis=(0, 1))
+
+        return self._summed(lambda layers: [of_layer(b, *layer) for b, layer in zip(blocks, layers, strict=True)])
+
+    def _summed(self, of_chunk: Callable[[list[tuple[Array, Array]]], Any]) -> Any:
+        def chunk(indices, keys):
+            batch = rows(self.task, indices)
+            return of_chunk(jax.vmap(self._of_example)(batch.data, batch.mask, keys))
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, self.chunks[0], self.keys[0]))
+
+        def step(sums, inputs):
+            return jax.tree.map(jnp.add, sums, chunk(*inputs)), None
+
+        return jax.lax.scan(step, zeros, (self.chunks, self.keys))[0]
+
+    def _of_example(self, data: Any, mask: Array, key: Array) -> list[tuple[Array, Array]]:
+        """For each layer its inputs (p, I) with a 1 for the bias, and gradients (c, p, O) for each column of the factor."""
+        example = single(self.task, data, mask)
+
+        def perturbed(perturbations):
+            return run_layers(lambda arrays: self.space.outputs_at(arrays, example), self.arrays, perturbations)
+
+        nothing = [jnp.zeros((layer.positions, layer.num_outputs), self.theta.dtype) for layer in self.layers]
+        outputs, pull, inputs = jax.vjp(perturbed, nothing, has_aux=True)
+        factor = self.space.output_factor(self.theta, example).astype(outputs.dtype)
+        if not self.all_columns:
+            factor = factor @ jax.random.rademacher(key, (factor.shape[1], 1), factor.dtype)
+        gradients = jax.vmap(lambda cotangent: pull(cotangent)[0], in_axes=1)(factor)
+        return [
+            (_with_one(layer, jnp.where(mask, a, 0.0), mask), g)
+            for layer, a, g in zip(self.layers, inputs, gradients, strict=True)
+        ]
+
+
+def _with_one(layer: Layer, inputs: Array, mask: Array) -> Array:
+    if layer.bias is None:
+        return inputs
+    ones = jnp.broadcast_to(jnp.asarray(mask, inputs.dtype), (inputs.shape[0], 1))
+    return jnp.concatenate([inputs, ones], axis=1)
+
+
+def _gram(wide: Array) -> Array:
+    return wide.T @ wide
