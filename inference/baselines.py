@@ -10,48 +10,23 @@ data differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.inference.batches import with_mask
 from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.checks import check_task
-from ssm_nn.inference.laplace import LaplaceFilter
-from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult
-from ssm_nn.tasks import Task, Tasks, as_task, check_alike
+from ssm_nn.inference.map_problem import MapResult
+from ssm_nn.inference.training import TaskByTask, Training, TrainingState, as_arrays, each_task
+from ssm_nn.tasks import Task, Tasks, check_alike
 
-__all__ = ["FineTuning", "JointTraining", "TrainingState"]
+__all__ = ["FineTuning", "JointTraining", "TrainingState", "join"]
 
 Array = Any
 
 
-class TrainingState(NamedTuple):
-    """All that the next task needs of the past.
-
-    Attributes:
-        step: number of tasks so far.
-        key: of the random choices to come.
-        mean: (P,), the weights; before any task, where the first search starts.
-    """
-
-    step: Array
-    key: Array
-    mean: Array
-
-
-class _Training:
-    """MAP training under the first task's prior; the subclasses say on which data.
-
-    Args:
-        engine: the filter to compare with. Its program, hyper-parameters, power and estimator are taken as they are, and
-            so is what it has compiled; its kernel is not read.
-    """
-
-    def __init__(self, engine: LaplaceFilter):
-        self.engine = engine
+class _UnderThePrior(Training):
+    """MAP training under the first task's prior alone; the subclasses say on which data."""
 
     def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> TrainingState:
         """Where training starts: where the filter's first search does.
@@ -60,51 +35,23 @@ class _Training:
             key: a ``jax.random.key``, or a whole number taken as its seed.
             task: the first task; it gives shapes and is checked.
         """
-        prior = self.engine.init(key, task)
-        next_key, start_key = jax.random.split(prior.key)
-        _, _, start = self.engine._advance(self.engine.hypers, prior, _as_arrays(as_task(task)), start_key)
-        return TrainingState(jnp.zeros((), jnp.int32), next_key, prior.mean + start)
+        return self._begun(key, task)
 
     def belief(self, state: TrainingState, task: Task | Mapping[str, Any] | None = None) -> Belief:
         """The weights of ``state`` with the prior's precision: these baselines know no other uncertainty."""
-        return Belief(state.mean, self._prior(_as_arrays(as_task(task))).precision)
+        return Belief(state.mean, self._prior(task).precision)
 
-    def _prior(self, task: Task) -> Belief:
-        return self.engine._first(self.engine.hypers, task)
-
-    def _train(self, state: TrainingState, task: Task) -> tuple[TrainingState, MapResult]:
-        """One search on ``task``, from the weights of ``state``, which are kept if it fails."""
+    def _learn(self, state: TrainingState, task: Task) -> tuple[TrainingState, MapResult]:
         key, map_key = jax.random.split(state.key)
-        prior = self._prior(task)
-        power = jnp.asarray(self.engine.power, prior.mean.dtype)
-        problem = MapProblem(prior.mean, prior.precision, with_mask(task), self.engine.hypers, power)
-        found = self.engine._estimate(problem, state.mean - prior.mean, map_key)
-        mean = state.mean if found.status == NOT_FINITE else prior.mean + found.shift
+        mean, found = self._search(state.mean, self._prior(task), task, map_key)
         return TrainingState(state.step + 1, key, mean), found
 
 
-class FineTuning(_Training):
+class FineTuning(_UnderThePrior, TaskByTask[TrainingState]):
     """Train on each task alone, from the weights of the task before, under the prior of the first task."""
 
-    def update(
-        self, state: TrainingState, task: Task | Mapping[str, Any] | None
-    ) -> tuple[TrainingState, MapResult | None]:
-        """One task. A task without data changes nothing and gives None; a search that fails keeps the old weights."""
-        task = _as_arrays(as_task(task))
-        check_task(task)
-        return self._train(state, task) if task.data else (state._replace(step=state.step + 1), None)
 
-    def run(self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> tuple[Belief, ...]:
-        """One Belief a task, as ``init`` and the ``update``s give them."""
-        state, beliefs = None, []
-        for task in _listed(tasks):
-            state = self.init(key, task) if state is None else state
-            state, _ = self.update(state, task)
-            beliefs.append(self.belief(state, task))
-        return tuple(beliefs)
-
-
-class JointTraining(_Training):
+class JointTraining(_UnderThePrior):
     """Train one set of weights on the examples of all tasks so far: the ceiling of a model that does not move.
 
     The examples of all tasks are joined into one task under the context of the last; a program whose observations read
@@ -122,11 +69,15 @@ class JointTraining(_Training):
             size: pad the joint task under a mask to so many examples: updates of one size compile once.
 
         Raises:
-            ValueError: data that are not finite, tasks that differ in names, dtypes or shapes, a size too small.
+            ValueError: data that are not finite or outside the likelihood's support, tasks that differ in names, dtypes or
+                shapes, a size too small.
         """
-        joint = join(tasks, size)
-        check_task(joint)
-        return self._train(state, joint) if joint.data else (state._replace(step=state.step + 1), None)
+        joint = self._checked(join(tasks, size))
+        if not joint.data:
+            return state._replace(step=state.step + 1), None
+        learnt, found = self._learn(state, joint)
+        self._warn(state.step, found)
+        return learnt, found
 
     def run(self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> tuple[Belief, ...]:
         """One Belief a task, each trained on all tasks up to it."""
@@ -153,7 +104,7 @@ def join(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], size: int | N
         return Task({}, listed[-1].context)
     masks = [np.ones(task.num_examples, bool) if task.mask is None else task.mask for task in with_data]
     data = {name: _padded([task[name] for task in with_data], size) for name in with_data[0]}
-    return _as_arrays(Task(data, listed[-1].context, _padded(masks, size)))
+    return as_arrays(Task(data, listed[-1].context, _padded(masks, size)))
 
 
 def _padded(parts: list[Array], size: int) -> np.ndarray:
@@ -163,12 +114,7 @@ def _padded(parts: list[Array], size: int) -> np.ndarray:
 
 
 def _listed(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> list[Task]:
-    stream = (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else iter(tasks)
-    listed = [as_task(task) for task in stream]
+    listed = list(each_task(tasks))
     if not listed:
         raise ValueError("tasks is empty; at least one task is needed")
     return listed
-
-
-def _as_arrays(task: Task) -> Task:
-    return jax.tree.map(jnp.asarray, task)

@@ -1,0 +1,186 @@
+"""One task of the filter as a differentiable function: its belief and evidence, given where its MAP search ended.
+
+The MAP shift d solves grad F(d; hypers, m', Lambda') = 0, so that by the implicit function theorem
+
+    d d* = -H^-1 d(grad F),     H the Hessian of F at d*
+
+No step of the search is differentiated. H is that of the objective itself, solved by conjugate gradients with the belief's
+own precision as preconditioner. That is the Gauss-Newton matrix: one step where the network is linear in its weights, and
+elsewhere not the derivative by itself. The columns that a low-rank structure keeps are likewise the solution of an equation,
+and differentiated through it: see ``DifferentiableLowRank``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssm_nn.extraction import StateSpace, extract
+from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.laplace import LaplaceFilter
+from ssm_nn.inference.map_problem import MapProblem
+from ssm_nn.inference.structures import Cut, LowRank, Structure
+from ssm_nn.precision import permuted, step_mean_vector
+from ssm_nn.precision_low_rank import DiagonalPlusLowRank
+from ssm_nn.tasks import Task
+
+__all__ = ["DifferentiableLowRank", "TaskEvidence", "differentiable"]
+
+Array = Any
+
+_MOST_STEPS = 200  # of conjugate gradients; more than a few tens say that the MAP search ended at no minimum
+
+
+class TaskEvidence:
+    """An engine's (hypers, belief before, task, found shift) -> (belief after, log evidence), compiled with its pull-back.
+
+    ``first``, ``later`` for the first task and the others; ``prior``, ``prediction`` the same for tasks without data, whose
+    value is the belief alone. ``pull`` applies a pull-back.
+    """
+
+    def __init__(self, engine: LaplaceFilter):
+        self.engine = engine
+        self.structure = differentiable(engine.structure)
+        self.first = jax.jit(self._with_pullback(self._first))
+        self.later = jax.jit(self._with_pullback(self._later))
+        self.prior = jax.jit(self._with_pullback(self._without_data_first))
+        self.prediction = jax.jit(self._with_pullback(self._without_data))
+        self.pull = jax.jit(lambda pullback, cotangents: pullback(cotangents))
+
+    @staticmethod
+    def _with_pullback(function: Callable[..., Any]) -> Callable[..., Any]:
+        """(differentiated arguments, others) -> value and pull-back, a pytree: both directions are compiled once a shape."""
+        return lambda arguments, *fixed: jax.vjp(lambda *free: function(*free, *fixed), *arguments)
+
+    def _space(self, hypers: Any, task: Task) -> StateSpace:
+        return extract(self.engine.program, task, hypers)
+
+    def _prior(self, space: StateSpace) -> Belief:
+        return Belief(space.prior_mean, self.structure.prior(space.prior_variance))
+
+    def _without_data_first(self, hypers: Any, task: Task) -> Belief:
+        return self._prior(self._space(hypers, task))
+
+    def _without_data(self, hypers: Any, before: Belief, task: Task) -> Belief:
+        return self._predicted(self._space(hypers, task), before)
+
+    def _first(self, hypers: Any, task: Task, shift: Array, power: Array, key: Array) -> tuple[Belief, Array]:
+        space = self._space(hypers, task)
+        return self._update(space, hypers, self._prior(space), task, shift, power, key)
+
+    def _later(
+        self, hypers: Any, before: Belief, task: Task, shift: Array, power: Array, key: Array
+    ) -> tuple[Belief, Array]:
+        space = self._space(hypers, task)
+        return self._update(space, hypers, self._predicted(space, before), task, shift, power, key)
+
+    @staticmethod
+    def _predicted(space: StateSpace, before: Belief) -> Belief:
+        moments = space.moments
+        return Belief(step_mean_vector(moments, before.mean), permuted(before.precision, moments).predict(moments))
+
+    def _update(
+        self, space: StateSpace, hypers: Any, predicted: Belief, task: Task, shift: Array, power: Array, key: Array
+    ) -> tuple[Belief, Array]:
+        problem = MapProblem(predicted.mean, predicted.precision, task, hypers, power)
+        value_of = problem.objective(space)
+        # the preconditioner of the solve, made where nothing is differentiated
+        frozen = jax.lax.stop_gradient((predicted.mean, predicted.precision))
+        curvature = self.engine.curvature
+        rough = curvature.gather(space, self.structure, frozen[0] + shift, task, frozen[1], power, key)
+        metric = jax.lax.stop_gradient(self.structure.cut(frozen[1].absorb(rough.site)).precision)
+        d = _implicit(value_of, shift, metric.solve)
+        theta = predicted.mean + d
+        information = curvature.gather(space, self.structure, theta, task, predicted.precision, power, key)
+        precision = self.structure.cut(predicted.precision.absorb(information.site)).precision
+        return Belief(theta, precision), -value_of(d) - 0.5 * information.logdet_gain
+
+
+def _implicit(objective: Callable[[Array], Array], found: Array, precondition: Callable[[Array], Array]) -> Array:
+    """``found`` with the derivative of the minimum of ``objective``."""
+    gradient = jax.grad(objective)(found)
+    # closed over without their derivatives: the Hessian's own change does not count where the gradient is 0
+    hessian = jax.linearize(jax.grad(objective), found)[1]
+
+    def solve(matvec: Callable[[Array], Array], right: Array) -> Array:
+        return _conjugate_gradients(matvec, right, precondition)
+
+    moved = gradient - jax.lax.stop_gradient(gradient)
+    return found - jax.lax.custom_linear_solve(hessian, moved, solve, symmetric=True)
+
+
+def _conjugate_gradients(
+    matvec: Callable[[Array], Array], right: Array, precondition: Callable[[Array], Array]
+) -> Array:
+    """Preconditioned; to rounding, and no further than a direction of negative curvature."""
+    tolerance = 4 * jnp.finfo(right.dtype).eps ** 2
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        _, _, _, size, count, rising = carry
+        return (size > tolerance * start) & (count < _MOST_STEPS) & rising
+
+    def iterate(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, residual, direction, size, count, _ = carry
+        image = matvec(direction)
+        bend = direction @ image
+        rising = bend > 0
+        length = jnp.where(rising, size / jnp.where(rising, bend, 1.0), jnp.where(count == 0, 1.0, 0.0))
+        x, residual = x + length * direction, residual - length * image
+        white = precondition(residual)
+        after = residual @ white
+        return x, residual, white + after / size * direction, after, count + 1, rising
+
+    white = precondition(right)
+    start = right @ white
+    carry = (jnp.zeros_like(right), right, white, start, jnp.asarray(0), jnp.asarray(True))
+    return jax.lax.while_loop(unfinished, iterate, carry)[0]
+
+
+@dataclass(frozen=True)
+class DifferentiableLowRank(LowRank):
+    """``LowRank`` with a derivative that stays finite where singular values are equal.
+
+    For whitened columns B = metric^-1/2 W and the singular vectors [V_R, V_d] that are kept and dropped,
+
+        kept factor     metric^1/2 B V,    V = V_R + V_d C,    C_ji = (B v_j).(B v_i) / (s_i^2 - s_j^2)
+
+    where C is 0 and its derivative that of the kept subspace. Turning the basis inside the subspace changes nothing, so that
+    only gaps between kept and dropped values divide; a gap of rounding's size takes no part.
+    """
+
+    def _cut(self, wide: DiagonalPlusLowRank, metric: Array) -> Cut:
+        columns = wide.factor.shape[1]
+        if columns <= self.rank:
+            return super()._cut(wide, metric)
+        scale = jnp.sqrt(metric)
+        white = wide.factor / scale[:, None]
+        singular, basis = _right_singular(jax.lax.stop_gradient(white))
+        turned = white @ basis
+        kept, dropped = turned[:, : self.rank], turned[:, self.rank :]
+        gap = jnp.square(singular[: self.rank]) - jnp.square(singular[self.rank :])[:, None]
+        open_ = gap > jnp.sqrt(jnp.finfo(white.dtype).eps) * jnp.square(singular[0])
+        mixed = jnp.where(open_, dropped.T @ kept / jnp.where(open_, gap, 1.0), 0.0)
+        mixed = mixed - jax.lax.stop_gradient(mixed)
+        factor = scale[:, None] * (kept + dropped @ mixed)
+        rest = scale[:, None] * (dropped - kept @ mixed.T)
+        diagonal = wide.diagonal + (jnp.sum(jnp.square(rest), axis=1) if self.keep_diagonal else 0.0)
+        total = jnp.maximum(jnp.sum(jnp.square(singular)), jnp.finfo(white.dtype).tiny)
+        return Cut(DiagonalPlusLowRank(diagonal, factor), jnp.sum(jnp.square(singular[self.rank :])) / total)
+
+
+def _right_singular(white: Array) -> tuple[Array, Array]:
+    """All K singular values of white (P, K), zeros where K > P, and right singular vectors (K, K)."""
+    _, triangle = jnp.linalg.qr(white)
+    _, singular, right = jnp.linalg.svd(triangle, full_matrices=True)
+    return jnp.pad(singular, (0, white.shape[1] - singular.shape[0])), right.T
+
+
+def differentiable(structure: Structure) -> Structure:
+    """The structure with derivatives that hold; the same beliefs."""
+    return (
+        DifferentiableLowRank(structure.rank, structure.keep_diagonal) if isinstance(structure, LowRank) else structure
+    )

@@ -1,0 +1,223 @@
+"""The derivative of a program's evidence in its hyper-parameters, and its maximum by gradient steps.
+
+    d/d hypers  sum_t log Z_t      by reverse mode over the tasks, one compiled step each; the MAP of a task enters by the
+                                   implicit function theorem (inference/differentiable.py)
+
+Exact for the evidence that the filter reports, up to the tolerance of its MAP search; all beliefs stay in memory for the way
+back, and of each task the columns of its curvature, P N C numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpyro.distributions import biject_to
+
+from ssm_nn.inference.batches import with_mask, without_masked
+from ssm_nn.inference.beliefs import Belief, FilterState
+from ssm_nn.inference.curvature import ExactCurvature
+from ssm_nn.inference.differentiable import TaskEvidence
+from ssm_nn.inference.expectation_maximisation import Iterate
+from ssm_nn.inference.hyper_parameters import as_list, check_known, supports
+from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
+from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, MapProblem
+from ssm_nn.tasks import Task, Tasks
+
+__all__ = ["EvidenceGradient", "EvidenceMaximum", "Slope", "maximise_evidence"]
+
+Array = Any
+
+
+class Slope(NamedTuple):
+    """The evidence and its derivative.
+
+    Attributes:
+        log_evidence: in nats, as ``engine.run`` reports it.
+        gradient: by hyper-parameter, in the shape of its value.
+        unconverged: tasks whose MAP search did not converge; the derivative is wrong by as much as the search is.
+    """
+
+    log_evidence: float
+    gradient: dict[str, Array]
+    unconverged: tuple[int, ...]
+
+
+class EvidenceGradient:
+    """``EvidenceGradient(engine)(hypers, tasks)``: the evidence and its derivative; compiled once a shape.
+
+    Args:
+        engine: a filter whose curvature is ``ExactCurvature``.
+
+    Raises:
+        ValueError: for another curvature: a sketch has no derivative.
+    """
+
+    def __init__(self, engine: LaplaceFilter):
+        if not isinstance(engine.curvature, ExactCurvature):
+            raise ValueError(f"engine has the curvature {engine.curvature!r}; ExactCurvature() has a derivative")
+        self.engine, self._evidence = engine, TaskEvidence(engine)
+
+    def __call__(
+        self,
+        hypers: Mapping[str, Any],
+        tasks: Tasks | Iterable[Task | Mapping[str, Any] | None],
+        *,
+        key: Array | int = 0,
+    ) -> Slope:
+        """At ``hypers``, all of the engine's.
+
+        Raises:
+            ValueError: for data or hyper-parameters that the filter does not accept.
+        """
+        engine = self.engine.with_hypers(hypers)
+        listed = as_list(tasks)
+        state = engine.init(key, listed[0])
+        total, pulls, unconverged = 0.0, [], []
+        for t, task in enumerate(listed):
+            state, value, pull, status = self._forward(engine, state, task)
+            total += value
+            pulls.append(pull)
+            if status in (NOT_CONVERGED, NOT_FINITE):
+                unconverged.append(t)
+        gradient, bar = jax.tree.map(jnp.zeros_like, engine.hypers), None
+        for pull in reversed(pulls):
+            here, *before = pull(bar)
+            gradient = jax.tree.map(jnp.add, gradient, here)
+            bar = before[0] if before else None
+        return Slope(total, gradient, tuple(unconverged))
+
+    def _forward(
+        self, engine: LaplaceFilter, state: FilterState, task: Task
+    ) -> tuple[FilterState, float, Callable[[Belief | None], tuple[Any, ...]], int]:
+        """One task as ``engine.update`` does it; how its belief's cotangent goes back through it; the search's status."""
+        task, pieces = without_masked(jax.tree.map(jnp.asarray, task)), self._evidence
+        next_key, map_key, curvature_key = jax.random.split(state.key, 3)
+        first = int(state.step) == 0
+        free = (engine.hypers,) if first else (engine.hypers, Belief(state.mean, state.precision))
+        if not task.data:
+            after, back = (pieces.prior if first else pieces.prediction)(free, task)
+            moved = FilterState(state.step + 1, next_key, after.mean, after.precision)
+            return moved, 0.0, lambda bar: pieces.pull(back, _or_zeros(bar, after)), CONVERGED
+        _, predicted, start = engine._advance(engine.hypers, state, task, map_key)
+        task, power = with_mask(task), jnp.asarray(engine.power, state.mean.dtype)
+        problem = MapProblem(predicted.mean, predicted.precision, task, engine.hypers, power)
+        found = engine._estimate(problem, start, map_key)
+        (after, value), back = (pieces.first if first else pieces.later)(free, task, found.shift, power, curvature_key)
+        moved = FilterState(state.step + 1, next_key, after.mean, after.precision)
+
+        def pull(bar: Belief | None) -> tuple[Any, ...]:
+            return pieces.pull(back, (_or_zeros(bar, after), jnp.ones_like(value)))
+
+        return moved, float(value), pull, found.status
+
+
+def _or_zeros(cotangent: Belief | None, of: Belief) -> Belief:
+    return jax.tree.map(jnp.zeros_like, of) if cotangent is None else cotangent
+
+
+@dataclass(frozen=True)
+class EvidenceMaximum:
+    """What maximising the evidence ends with.
+
+    Attributes:
+        hypers: all hyper-parameters of the engine, the learnt ones at the best step.
+        log_evidence: there, in nats.
+        history: every step, in order.
+        slope: largest derivative of the last step, in nats for a unit of the unconstrained space.
+        converged: whether it fell below the tolerance.
+        unconverged_tasks: at the last step, the tasks whose MAP search did not converge.
+    """
+
+    hypers: dict[str, Array]
+    log_evidence: float
+    history: tuple[Iterate, ...]
+    slope: float
+    converged: bool
+    unconverged_tasks: tuple[int, ...]
+
+
+def maximise_evidence(
+    engine: LaplaceFilter,
+    tasks: Tasks | Iterable[Task | Mapping[str, Any] | None],
+    learn: Sequence[str],
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    steps: int = 50,
+    tolerance: float = 0.1,
+    key: Array | int = 0,
+) -> EvidenceMaximum:
+    """Maximise the evidence over the hyper-parameters ``learn`` from their values in ``engine.hypers`` on.
+
+    The search runs in the unconstrained space of each site's support (``numpyro.distributions.biject_to``): near 0 of a
+    noise that is its logarithm. No prior of a hyper-parameter takes part.
+
+    Args:
+        engine: the filter.
+        tasks: all tasks; they are read once a step.
+        learn: names of hyper-parameters, single numbers inside their supports.
+        optimizer: any optax optimiser; by default Adam, 0.3.
+        steps: at most.
+        tolerance: converged when no derivative exceeds so many nats for a unit of the unconstrained space.
+        key: as for ``engine.run``, the same in every step.
+
+    Returns:
+        The best step. A FilterWarning says so where the steps did not converge.
+
+    Raises:
+        ValueError: unknown names, values on the edge of their support, an evidence that is not finite at the start.
+    """
+    if isinstance(learn, str) or not learn:
+        raise ValueError(f"learn is {learn!r}; a sequence of one or more names is accepted")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a whole number >= 1 is accepted")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance is {tolerance}; a number > 0 is accepted")
+    check_known(learn, engine.hypers, "learn")
+    listed = as_list(tasks)
+    constraints = supports(engine.program, listed[0], engine.hypers)
+    maps = {name: biject_to(constraints[name]) for name in learn}
+    free = {name: maps[name].inv(engine.hypers[name]) for name in learn}
+    for name, value in free.items():
+        if not bool(jnp.isfinite(value)):
+            raise ValueError(
+                f"learn names {name!r}, which starts at {float(engine.hypers[name])}, on the edge of its support "
+                f"{constraints[name]}; a value inside is accepted"
+            )
+    rule = optax.adam(0.3) if optimizer is None else optimizer
+    gradient_of, state = EvidenceGradient(engine), rule.init(free)
+    history, best, slope, found = [], None, float("inf"), None
+    for _ in range(steps):
+        constrained, pull = jax.vjp(lambda z: {name: maps[name](z[name]) for name in learn}, free)
+        hypers = engine.hypers | {name: v.astype(engine.hypers[name].dtype) for name, v in constrained.items()}
+        found = gradient_of(hypers, listed, key=key)
+        history.append(Iterate({name: float(hypers[name]) for name in learn}, found.log_evidence))
+        (uphill,) = pull({name: found.gradient[name].astype(constrained[name].dtype) for name in learn})
+        slope = max(abs(float(part)) for part in uphill.values())
+        if not np.isfinite(found.log_evidence) or not np.isfinite(slope):
+            break
+        if best is None or found.log_evidence > best[1]:
+            best = hypers, found.log_evidence
+        if slope < tolerance:
+            break
+        change, state = rule.update(jax.tree.map(jnp.negative, uphill), state, free)
+        free = optax.apply_updates(free, change)
+    if best is None or found is None:
+        raise ValueError(
+            f"engine: the log evidence is {history[0].log_evidence} at its hyper-parameters; finite is needed"
+        )
+    converged = slope < tolerance
+    if not converged:
+        warnings.warn(
+            f"the evidence still has a slope of {slope:.3g} nats after {len(history)} steps: allow more, or a larger "
+            "learning rate",
+            FilterWarning,
+            stacklevel=2,
+        )
+    return EvidenceMaximum(best[0], best[1], tuple(history), slope, converged, found.unconverged)
