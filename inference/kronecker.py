@@ -75,7 +75,8 @@ class Kronecker:
         return KroneckerCurvature()
 
     def check_step(self, moments: Moments, precision: KroneckerEigen) -> None:
-        """One gain and one noise a layer."""
+        """One gain and one noise a layer, and one map of its outputs."""
+        _check_maps(moments, precision.places)
         for name in ("gain", "noise"):
             vector = np.asarray(getattr(moments, name))
             for layer in precision.places.layers:
@@ -109,6 +110,19 @@ class Kronecker:
         if not precision.places.rest_size:
             return message
         return replace(message, rest=LowRank(self.rank).cut_message(message.rest, precision.rest))
+
+
+def _check_maps(moments: Moments, places: Places) -> None:
+    maps = {} if moments.permutation is None else {leaf.start: leaf for leaf in moments.permutation.leaves}
+    for layer in places.layers:
+        bias = None if layer.bias_start is None else maps.get(layer.bias_start)
+        if bias is not None and not np.array_equal(
+            maps[layer.start].turn, bias.turn
+        ):  # one alone is refused by the step
+            raise ValueError(
+                f"the kernel maps the outputs of {layer.name!r} otherwise in its weights than in its bias: map both alike; "
+                "Dense, Diagonal and LowRank take two maps"
+            )
 
 
 def find_places(space: StateSpace, task: Task) -> Places:
@@ -242,10 +256,14 @@ class _LayerPasses:
         width = factor_columns(space, task)
         self.all_columns = chosen.shape[0] * width <= exact_columns
         used = width if self.all_columns else 1
-        numbers = max(
-            layer.positions * (layer.num_inputs + used * layer.num_outputs)
-            + (used * layer.num_inputs * layer.num_outputs if layer.positions > 1 else 0)
-            for layer in self.layers
+        numbers = (
+            max(
+                layer.positions * (layer.num_inputs + used * layer.num_outputs)
+                + (used * layer.num_inputs * layer.num_outputs if layer.positions > 1 else 0)
+                for layer in self.layers
+            )
+            if self.layers
+            else 1
         )
         size = int(np.clip(_CHUNK_NUMBERS // numbers, 1, min(_CHUNK_EXAMPLES, chosen.shape[0])))
         self.chunks = index_batches(chosen, size, task.num_examples)

@@ -11,6 +11,7 @@ that it can be traced: flax.nnx, equinox and (apply, params) are alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,10 +55,18 @@ class Traced(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A leaf seen through transpositions: axis i of the value is axis ``axes[i]`` of the leaf, -1 an axis of size 1."""
+    """A leaf of ``size`` numbers, rearranged: axis i of the value is axis ``axes[i]`` of the leaf, -1 one that it has not."""
 
     name: Name
     axes: tuple[int, ...]
+    size: int
+
+
+class _Output(NamedTuple):
+    """What a layer gives, rearranged: its outputs run along ``axis`` of the value."""
+
+    layer: int
+    axis: int
 
 
 @dataclass
@@ -68,6 +77,7 @@ class _Tracer:
     layers: list[Layer] = field(default_factory=list)
     inputs: list[Array] = field(default_factory=list)
     uses: dict[Name, list[str]] = field(default_factory=dict)
+    reads: list[int] = field(default_factory=list)  # of each layer's output, before a bias is added or by the bias
 
     def use(self, view: _View, primitive: str) -> None:
         self.uses.setdefault(view.name, []).append(primitive)
@@ -88,12 +98,17 @@ def find_layers(outputs: Callable[[Arrays], Array], arrays: Arrays) -> tuple[Lay
                 f"the weights {'.'.join(layer.kernel)} are used {len(uses)} times (tied weights, or a network called twice a "
                 "task): Kronecker factors belong to a layer that is used once; LowRank, Diagonal and Dense are accepted"
             )
-    biased = [layer.bias for layer in tracer.layers if layer.bias is not None]
     return tuple(
-        layer._replace(bias=None) if layer.bias is not None and len(tracer.uses[layer.bias]) > 1 else layer
-        for layer in tracer.layers
-        if biased.count(layer.kernel) == 0
+        _settled(layer, reads, tracer, arrays) for layer, reads in zip(tracer.layers, tracer.reads, strict=True)
     )
+
+
+def _settled(layer: Layer, reads: int, tracer: _Tracer, arrays: Arrays) -> Layer:
+    """The layer once all is seen: every axis of its leaf named, and a bias only where its gradient is that of the output."""
+    network, path = layer.kernel
+    missing = set(range(jnp.ndim(arrays[network][path]))) - {*layer.input_axes, layer.output_axis}  # of size 1
+    alone = layer.bias is not None and len(tracer.uses[layer.bias]) == 1 and reads == 1
+    return layer._replace(input_axes=(*sorted(missing), *layer.input_axes), bias=layer.bias if alone else None)
 
 
 def run_layers(
@@ -117,13 +132,14 @@ def _walk_all(outputs: Callable[[Arrays], Array], arrays: Arrays, tracer: _Trace
         return outputs(nested)
 
     closed = jax.make_jaxpr(flat)(list(named.values()))
-    tags = [_View(name, tuple(range(jnp.ndim(leaf)))) for name, leaf in named.items()]
-    ((result,), _) = _walk(closed, list(named.values()), tags, tracer)
+    tags = [_View(name, tuple(range(jnp.ndim(leaf))), int(np.size(leaf))) for name, leaf in named.items()]
+    ((result,), (tag,)) = _walk(closed, list(named.values()), tags, tracer)
+    _read(tag, "output", tracer)
     return Traced(result, tuple(tracer.inputs))
 
 
 def _walk(closed: ClosedJaxpr, values: list[Array], tags: list[Any], tracer: _Tracer) -> tuple[list[Array], list[Any]]:
-    """Evaluate a program, following the leaves; a tag is a _View, the number of the layer that made a value, or None."""
+    """Evaluate a program, following the leaves; a tag is a _View, an _Output, or None."""
     jaxpr = closed.jaxpr
     env: dict[Any, tuple[Array, Any]] = {}
     for variable, const in zip(jaxpr.constvars, closed.consts, strict=True):
@@ -140,10 +156,14 @@ def _walk(closed: ClosedJaxpr, values: list[Array], tags: list[Any], tracer: _Tr
         for variable, result in zip(equation.outvars, results, strict=True):
             env[variable] = result
     read_out = [read(atom) for atom in jaxpr.outvars]
-    for _, tag in read_out:
-        if isinstance(tag, _View):
-            tracer.use(tag, "output")
     return [r[0] for r in read_out], [r[1] for r in read_out]
+
+
+def _read(tag: Any, how: str, tracer: _Tracer) -> None:
+    if isinstance(tag, _View):
+        tracer.use(tag, how)
+    elif isinstance(tag, _Output):
+        tracer.reads[tag.layer] += 1
 
 
 def _evaluate(equation: Any, values: list[Array], tags: list[Any], tracer: _Tracer) -> list[tuple[Array, Any]]:
@@ -155,18 +175,21 @@ def _evaluate(equation: Any, values: list[Array], tags: list[Any], tracer: _Trac
     inner = params.get("call_jaxpr", inner) if name in ("custom_jvp_call", "custom_vjp_call") and any(views) else inner
     if inner is not None and isinstance(inner, ClosedJaxpr):
         return list(zip(*_walk(inner, values, tags, tracer), strict=True)) if inner.jaxpr.outvars else []
+    moved = _moved(name, params, tags[0], equation)
+    if moved is not None:
+        return [(_bound(equation, values)[0], moved)]
+    for tag in tags:
+        if isinstance(tag, _Output):
+            _read(tag, name, tracer)
     if name == "dot_general" and (views[0] is None) != (views[1] is None):
         return _product(equation, values, views, tracer)
     if name == "conv_general_dilated" and views[0] is None and views[1] is not None:
         return _convolution(equation, values, views[1], tracer)
-    moved = _moved(name, params, tags, equation)
-    if moved is not None:
-        return [(_bound(equation, values)[0], moved)]
     if name in ("add", "add_any"):
-        for layer, view in ((tags[0], views[1]), (tags[1], views[0])):
-            if isinstance(layer, int) and view is not None and _is_bias(tracer.layers[layer], view, equation):
+        for output, view in ((tags[0], views[1]), (tags[1], views[0])):
+            if isinstance(output, _Output) and view is not None and _is_bias(tracer.layers[output.layer], output, view):
                 tracer.use(view, "bias")
-                tracer.layers[layer] = tracer.layers[layer]._replace(bias=view.name)
+                tracer.layers[output.layer] = tracer.layers[output.layer]._replace(bias=view.name)
                 return [(_bound(equation, values)[0], None)]
     for view in views:
         if view is not None:
@@ -181,48 +204,54 @@ def _bound(equation: Any, values: list[Array]) -> list[Array]:
     return list(result) if equation.primitive.multiple_results else [result]
 
 
-def _moved(name: str, params: Mapping[str, Any], tags: list[Any], equation: Any) -> Any:
+def _moved(name: str, params: Mapping[str, Any], tag: Any, equation: Any) -> Any:
     """The tag of a value that is its input in another arrangement; None where it is not."""
-    tag = tags[0]
-    if name in ("convert_element_type", "copy", "copy_p"):
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if tag is None or name in ("convert_element_type", "copy", "copy_p"):
         return tag
-    if isinstance(tag, int):
-        # a layer's output keeps its number only where its axes stay: squeezing and reshaping of size 1 at the front
-        shape = equation.outvars[0].aval.shape
-        before = equation.invars[0].aval.shape
-        same_end = bool(shape) and bool(before) and shape[-1] == before[-1]
-        return tag if name in ("reshape", "squeeze", "broadcast_in_dim") and same_end and len(tags) == 1 else None
-    if not isinstance(tag, _View):
-        return None
+    if isinstance(tag, _Output):
+        return _moved_output(name, params, tag, before, after)
     if name == "transpose":
-        return _View(tag.name, tuple(tag.axes[i] for i in params["permutation"]))
+        return tag._replace(axes=tuple(tag.axes[i] for i in params["permutation"]))
     if name == "squeeze":
-        return _View(tag.name, tuple(a for i, a in enumerate(tag.axes) if i not in params["dimensions"]))
-    if name == "reshape" and params.get("dimensions") is None:
-        before = [n for n in equation.invars[0].aval.shape if n != 1]
-        after = equation.outvars[0].aval.shape
-        if before == [n for n in after if n != 1]:
-            kept = iter(a for a, n in zip(tag.axes, equation.invars[0].aval.shape, strict=True) if n != 1)
-            return _View(tag.name, tuple(next(kept) if n != 1 else -1 for n in after))
+        return tag._replace(axes=tuple(a for i, a in enumerate(tag.axes) if i not in params["dimensions"]))
+    if name == "reshape" and params.get("dimensions") is None and _without_ones(before) == _without_ones(after):
+        kept = iter(a for a, n in zip(tag.axes, before, strict=True) if n != 1)
+        return tag._replace(axes=tuple(next(kept) if n != 1 else -1 for n in after))
     if name == "broadcast_in_dim":
-        shape, dims = params["shape"], params["broadcast_dimensions"]
-        axes = [-1] * len(shape)
-        for here, there in enumerate(dims):
-            if equation.invars[0].aval.shape[here] == shape[there]:
+        axes = [-1] * len(after)
+        for here, there in enumerate(params["broadcast_dimensions"]):
+            if before[here] == after[there]:
                 axes[there] = tag.axes[here]
-        return _View(tag.name, tuple(axes))
+        return tag._replace(axes=tuple(axes))
     return None
 
 
-def _is_bias(layer: Layer, view: _View, equation: Any) -> bool:
-    """Whether a one-dimensional leaf is added along the last axis of a layer's output, and the layer has no bias yet."""
-    shape = equation.outvars[0].aval.shape
-    return (
-        layer.bias is None
-        and view.axes[-1:] == (0,)
-        and set(view.axes[:-1]) <= {-1}
-        and (shape[-1] == layer.num_outputs)
-    )
+def _moved_output(
+    name: str, params: Mapping[str, Any], tag: _Output, before: tuple[int, ...], after: tuple[int, ...]
+) -> _Output | None:
+    size = before[tag.axis]
+    if name == "transpose":
+        return tag._replace(axis=params["permutation"].index(tag.axis))
+    if name == "squeeze" and tag.axis not in params["dimensions"]:
+        return tag._replace(axis=tag.axis - sum(i < tag.axis for i in params["dimensions"]))
+    if name == "broadcast_in_dim" and after[params["broadcast_dimensions"][tag.axis]] == size:
+        return tag._replace(axis=params["broadcast_dimensions"][tag.axis])
+    if name == "reshape" and params.get("dimensions") is None:
+        # the axis stays whole where as many numbers stand in front of it as before
+        same = [i for i, n in enumerate(after) if n == size and math.prod(after[:i]) == math.prod(before[: tag.axis])]
+        return tag._replace(axis=same[0]) if same else None
+    return None
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [n for n in shape if n != 1]
+
+
+def _is_bias(layer: Layer, output: _Output, view: _View) -> bool:
+    """Whether a leaf of one number an output is added along the outputs, and the layer has no bias yet."""
+    fits = layer.bias is None and view.size == layer.num_outputs
+    return fits and (view.size == 1 or view.axes[output.axis] >= 0)
 
 
 def _product(equation: Any, values: list[Array], views: list[Any], tracer: _Tracer) -> list[tuple[Array, Any]]:
@@ -250,9 +279,7 @@ def _product(equation: Any, values: list[Array], views: list[Any], tracer: _Trac
     )
     # the outputs' axis stands last where the weights are the right operand, first where they are the left
     place = result.ndim - 1 if side == 1 else 0
-    return [
-        (_perturbed(result, place, layer, rows, tracer), len(tracer.layers) - 1 if place == result.ndim - 1 else None)
-    ]
+    return [_perturbed(result, place, layer, rows, tracer)]
 
 
 def _convolution(equation: Any, values: list[Array], view: _View, tracer: _Tracer) -> list[tuple[Array, Any]]:
@@ -286,15 +313,15 @@ def _convolution(equation: Any, values: list[Array], view: _View, tracer: _Trace
         num_inputs,
         values[1].shape[out_dim],
     )
-    made = _perturbed(result, channel, layer, rows, tracer)
-    return [(made, len(tracer.layers) - 1 if channel == result.ndim - 1 else None)]
+    return [_perturbed(result, channel, layer, rows, tracer)]
 
 
-def _perturbed(result: Array, place: int, layer: Layer, rows: Array, tracer: _Tracer) -> Array:
-    number = len(tracer.layers)
+def _perturbed(result: Array, place: int, layer: Layer, rows: Array, tracer: _Tracer) -> tuple[Array, _Output]:
+    output = _Output(len(tracer.layers), place)
     tracer.layers.append(layer)
     tracer.inputs.append(rows)
+    tracer.reads.append(0)
     if tracer.perturbations is None:
-        return result
+        return result, output
     last = jnp.moveaxis(result, place, -1)
-    return jnp.moveaxis(last + tracer.perturbations[number].reshape(last.shape), -1, place)
+    return jnp.moveaxis(last + tracer.perturbations[output.layer].reshape(last.shape), -1, place), output

@@ -83,7 +83,9 @@ class KroneckerEigen:
             rows, outputs = matrix.shape
             blocks.append(EigenBlock(jnp.eye(rows, dtype=matrix.dtype), jnp.eye(outputs, dtype=matrix.dtype), matrix))
         rest = places.rest_of(values)
-        return cls(tuple(blocks), DiagonalPlusLowRank(rest, jnp.zeros((rest.shape[0], rank), rest.dtype)), places)
+        # no columns for no weights: sums would add to them, and every shape be compiled for
+        factor = jnp.zeros((rest.shape[0], rank if rest.shape[0] else 0), rest.dtype)
+        return cls(tuple(blocks), DiagonalPlusLowRank(rest, factor), places)
 
     def _vector(
         self, of_block: Callable[[EigenBlock, Array], Array], of_rest: Callable[[Array], Array], x: Array
