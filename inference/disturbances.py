@@ -14,6 +14,7 @@ No difference of two beliefs is taken, so that nothing cancels, and noise 0 give
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from ssm_nn.moments import Moments
 from ssm_nn.precision import permuted, step_mean_vector
 from ssm_nn.precision_dense import DensePrecision
 from ssm_nn.precision_diagonal import DiagonalPrecision
+from ssm_nn.precision_kronecker import KroneckerEigen
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
 
 __all__ = ["Disturbance", "disturbances", "parallel_sum", "product_diagonal"]
@@ -114,6 +116,19 @@ def _(precision: DiagonalPlusLowRank, information: Any) -> DiagonalPlusLowRank:
     return DiagonalPlusLowRank(precision.diagonal * share[:, 0], turned)
 
 
+@parallel_sum.register
+def _(precision: KroneckerEigen, information: Any) -> KroneckerEigen:
+    """``d = l x / (l + x)`` in the information's basis, l the diagonal of Lambda there, as the filter's own update takes it.
+
+    Exact where the two share a basis.
+    """
+    blocks = []
+    for one, two in zip(precision.blocks, information.blocks, strict=True):
+        here = one.in_basis(two.inputs, two.outputs)
+        blocks.append(two._replace(values=here * (two.values / (here + two.values))))
+    return replace(information, blocks=tuple(blocks), rest=parallel_sum(precision.rest, information.rest))
+
+
 @singledispatch
 def product_diagonal(information: Any, gain: Array, precision: Any) -> Array:
     """``diag(D A Lambda^-1)`` (P,) for D and Lambda of one structure, A = diag(gain)."""
@@ -134,3 +149,19 @@ def _(information: DiagonalPrecision, gain: Array, precision: Any) -> Array:
 def _(information: DiagonalPlusLowRank, gain: Array, precision: Any) -> Array:
     along = precision.solve(gain[:, None] * information.factor)
     return information.diagonal * gain * precision.variance() + jnp.sum(information.factor * along, axis=1)
+
+
+@product_diagonal.register
+def _(information: KroneckerEigen, gain: Array, precision: Any) -> Array:
+    """A layer's trace, spread evenly over its weights; exact outside the layers.
+
+    The diagonal of a product in two bases takes (I O)^2 numbers a layer, its trace I O. With one gain and one noise a layer,
+    which is all that the structure carries, nothing but sums over layers is asked for.
+    """
+    matrices = []
+    for one, two, layer in zip(information.blocks, precision.blocks, precision.places.layers, strict=True):
+        inverse = two._replace(values=1 / two.values).in_basis(one.inputs, one.outputs)
+        trace = gain[layer.start] * jnp.sum(one.values * inverse)
+        matrices.append(jnp.full_like(inverse, trace / inverse.size))
+    places = precision.places
+    return places.join(matrices, product_diagonal(information.rest, places.rest_of(gain), precision.rest))

@@ -19,7 +19,7 @@ Stoffer 1982; Jamshidian and Jennrich 1997 for the acceleration.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,7 +154,7 @@ def learn_kernel(
     check_known(noises, engine.hypers, "noises")
     check_known(gains, engine.hypers, "gains")
     listed = as_list(tasks, at_least=2)
-    groups = _groups(engine, listed[1], noises, gains)
+    groups = _groups(engine, listed, noises, gains)
     search = _Search(engine, listed, groups, key, max_iterations, tolerance)
     status = search.run(accelerate)
     if status != "converged":
@@ -299,11 +299,12 @@ def _noise_sums(step: Disturbance, inside: Array, shift: Array) -> Array:
 
 
 def _groups(
-    engine: LaplaceFilter, task: Task, noises: Mapping[str, str], gains: Mapping[str, str]
+    engine: LaplaceFilter, tasks: Sequence[Task], noises: Mapping[str, str], gains: Mapping[str, str]
 ) -> dict[str, _Group]:
-    """The learnt hyper-parameters, after a look at what halving each does to the step into ``task``."""
-    state = engine.init(0, task)
-    layout = describe(engine.program, task, engine.hypers)
+    """The learnt hyper-parameters, after a look at what halving each does to the step into the second task."""
+    first, task = tasks[:2]
+    state = engine.init(0, first)
+    layout = describe(engine.program, first, engine.hypers)
     now = _step(engine, state, task, {})
     groups = {}
     for argument, patterns in (("noises", noises), ("gains", gains)):

@@ -5,7 +5,8 @@
     S_t = sum_n (V_A^T (sum_p a_p g_p^T) V_G)^2             squares elementwise: the exact diagonal in that basis
 
 over the examples of the whole task. Exact for a linear model with Gaussian outputs and one prior variance: the information
-is then a Kronecker product with the identity. Else the trace and the diagonal in the basis are exact, the rest is lost.
+is then a Kronecker product with the identity. Else the trace and the diagonal in the basis are exact, the rest is lost. The
+basis is the belief's: of the information that the smoother sends back, no more than these two are exact in any model.
 Sources: Martens and Grosse 2015 (arXiv 1503.05671), Grosse and Martens 2016 (arXiv 1602.01407, convolutions), George et al.
 2018 (arXiv 1806.03884, the eigenvalues).
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ Array = Any
 
 # numbers of one chunk of inputs, gradients and their products (64 MiB in float32), and its examples at most
 _CHUNK_NUMBERS, _CHUNK_EXAMPLES = 2**24, 1024
+_ROUGH_EXAMPLES = 2000  # for the belief from which weights are drawn
 _REST_EXAMPLES = 20  # behind one random column of the weights outside the layers
 
 
@@ -146,7 +149,9 @@ def find_places(space: StateSpace, task: Task) -> Places:
 
 
 def _layers(space: StateSpace, task: Task, arrays: Any) -> tuple[Layer, ...]:
-    first = single(task, jax.tree.map(lambda a: jnp.asarray(a)[0], task.data), jnp.asarray(True))
+    # shapes alone are read: a task may have no example yet
+    blank = jax.tree.map(lambda a: jnp.zeros(jnp.shape(a)[1:], jnp.result_type(a)), task.data)
+    first = single(task, blank, jnp.asarray(True))
     return find_layers(lambda arrays: space.outputs_at(arrays, first), arrays)
 
 
@@ -157,13 +162,22 @@ class KroneckerCurvature:
     While N times the columns of the exact output factor is at most ``examples``, all columns are used; beyond, one column
     an example with random signs, whose second moment is the same.
 
+    Laplace's curvature is that of the mode, where a network that fits its task is surest, and smallest. With ``spread`` s > 0
+    it is averaged over weights drawn from N(theta, s^2 Lambda^-1), one draw a chunk of examples, Lambda the belief with the
+    mode's curvature from a part of the examples: s trades the task just learnt for those before it. Weights outside the
+    layers keep the mode's.
+
     Args:
         examples: drawn from the task and scaled up to it; a task of fewer is used whole.
+        spread: s >= 0; 0 is Laplace's approximation.
     """
 
     examples: int = 10_000
+    spread: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.spread < float("inf"):
+            raise ValueError(f"spread is {self.spread!r}; a finite number >= 0 is accepted")
         if isinstance(self.examples, bool) or not isinstance(self.examples, int) or self.examples < 1:
             raise ValueError(f"examples is {self.examples!r}; a whole number >= 1 is accepted")
 
@@ -173,14 +187,23 @@ class KroneckerCurvature:
         """The site in the basis chosen for ``predicted`` and it together; its log-determinant there, an upper bound."""
         if not isinstance(structure, Kronecker):
             raise ValueError(f"KroneckerCurvature serves Kronecker, not {structure}; use ExactCurvature")
-        subset_key, sign_key, rest_key = jax.random.split(key, 3)
+        subset_key, sign_key, rest_key, rough_key = jax.random.split(key, 4)
         total = task.num_examples
         chosen = jnp.arange(total)
         if total > self.examples:
             chosen = jax.random.permutation(subset_key, total)[: self.examples]
         counted = jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
         scale = power * jnp.sum(task.mask) / counted
-        passes = _LayerPasses(space, theta, task, chosen, sign_key, self.examples)
+        draw = None
+        if self.spread:
+            part = replace(self, spread=0.0, examples=min(self.examples, _ROUGH_EXAMPLES))
+            rough = part.gather(space, structure, theta, task, predicted, power, rough_key)
+            belief = predicted.absorb(rough.site)
+
+            def draw(key):
+                return theta + self.spread * belief.sample(key)
+
+        passes = _LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)
         sides = passes.sides()
         blocks = []
         for block, (inputs, outputs), layer in zip(predicted.blocks, sides, passes.layers, strict=True):
@@ -192,7 +215,8 @@ class KroneckerCurvature:
         ]
         rest, share = predicted.rest.no_information(), jnp.zeros((), theta.dtype)
         if predicted.places.rest_size:
-            cut = self._rest(space, structure, theta, task, predicted, chosen, rest_key)
+            each = passes.all_columns
+            cut = self._rest(space, structure, theta, task, predicted, chosen, each, rest_key)
             rest, share = _scaled(cut.precision, scale), cut.dropped_share
         site = replace(predicted, blocks=tuple(blocks), rest=rest)
         return Information(site, predicted.absorb(site).logdet() - predicted.logdet(), share)
@@ -209,19 +233,21 @@ class KroneckerCurvature:
         task: Task,
         predicted: Any,
         chosen: Array,
+        each: bool,
         key: Array,
     ) -> Cut:
-        """Columns of the weights outside the layers, one of random signs for some examples, streamed through the cut."""
+        """Columns of the weights outside the layers, streamed through the cut: each, or one of random signs for some
+        examples."""
         places, low_rank = predicted.places, LowRank(structure.rank)
         metric = predicted.rest.precision_diagonal()
         total = task.num_examples
-        batches = index_batches(chosen, min(_REST_EXAMPLES, chosen.shape[0]), total)
+        batches = index_batches(chosen, 1 if each else min(_REST_EXAMPLES, chosen.shape[0]), total)
         together = min(32, batches.shape[0])
         groups = index_batches(batches.ravel(), together * batches.shape[1], total).reshape(
             -1, together, batches.shape[1]
         )
 
-        def column(indices: Array, key: Array) -> Array:
+        def columns_of(indices: Array, key: Array) -> Array:
             batch = rows(task, indices)
 
             def outputs(weights):
@@ -230,10 +256,12 @@ class KroneckerCurvature:
             factors = jax.vmap(lambda d, m: space.output_factor(theta, single(batch, d, m)))(batch.data, batch.mask)
             at_theta, pull = jax.vjp(outputs, theta)
             signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
-            return places.rest_of(pull(jnp.einsum("nkc,nc->nk", factors, signs))[0])
+            wide = jnp.moveaxis(factors, 2, 0) if each else jnp.einsum("nkc,nc->nk", factors, signs)[None]
+            return jax.vmap(lambda cotangent: places.rest_of(pull(cotangent)[0]))(wide.astype(at_theta.dtype))
 
         def step(site, inputs):
-            wide = jax.vmap(column)(*inputs).T
+            made = jax.vmap(columns_of)(*inputs)
+            wide = made.reshape(-1, made.shape[-1]).T
             cut = low_rank.gather(site, wide, metric)
             return cut.precision, cut.dropped_share
 
@@ -249,10 +277,18 @@ def _scaled(site: DiagonalPlusLowRank, scale: Array) -> DiagonalPlusLowRank:
 class _LayerPasses:
     """Scans over the examples' layer inputs and output gradients, at fixed weights."""
 
-    def __init__(self, space: StateSpace, theta: Array, task: Task, chosen: Array, key: Array, exact_columns: int):
-        self.space, self.theta, self.task = space, theta, task
-        self.arrays = space.layout.arrays(theta)
-        self.layers = _layers(space, task, self.arrays)
+    def __init__(
+        self,
+        space: StateSpace,
+        theta: Array,
+        task: Task,
+        chosen: Array,
+        key: Array,
+        exact_columns: int,
+        draw: Callable[[Array], Array] | None = None,
+    ):
+        self.space, self.theta, self.task, self.draw = space, theta, task, draw
+        self.layers = _layers(space, task, space.layout.arrays(theta))
         width = factor_columns(space, task)
         self.all_columns = chosen.shape[0] * width <= exact_columns
         used = width if self.all_columns else 1
@@ -292,7 +328,8 @@ class _LayerPasses:
     def _summed(self, of_chunk: Callable[[list[tuple[Array, Array]]], Any]) -> Any:
         def chunk(indices, keys):
             batch = rows(self.task, indices)
-            return of_chunk(jax.vmap(self._of_example)(batch.data, batch.mask, keys))
+            theta = self.theta if self.draw is None else self.draw(jax.random.fold_in(keys[0], 0))
+            return of_chunk(jax.vmap(partial(self._of_example, theta))(batch.data, batch.mask, keys))
 
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, self.chunks[0], self.keys[0]))
 
@@ -301,16 +338,17 @@ class _LayerPasses:
 
         return jax.lax.scan(step, zeros, (self.chunks, self.keys))[0]
 
-    def _of_example(self, data: Any, mask: Array, key: Array) -> list[tuple[Array, Array]]:
+    def _of_example(self, theta: Array, data: Any, mask: Array, key: Array) -> list[tuple[Array, Array]]:
         """For each layer its inputs (p, I) with a 1 for the bias, and gradients (c, p, O) for each column of the factor."""
         example = single(self.task, data, mask)
 
         def perturbed(perturbations):
-            return run_layers(lambda arrays: self.space.outputs_at(arrays, example), self.arrays, perturbations)
+            arrays = self.space.layout.arrays(theta)
+            return run_layers(lambda arrays: self.space.outputs_at(arrays, example), arrays, perturbations)
 
-        nothing = [jnp.zeros((layer.positions, layer.num_outputs), self.theta.dtype) for layer in self.layers]
+        nothing = [jnp.zeros((layer.positions, layer.num_outputs), theta.dtype) for layer in self.layers]
         outputs, pull, inputs = jax.vjp(perturbed, nothing, has_aux=True)
-        factor = self.space.output_factor(self.theta, example).astype(outputs.dtype)
+        factor = self.space.output_factor(theta, example).astype(outputs.dtype)
         if not self.all_columns:
             factor = factor @ jax.random.rademacher(key, (factor.shape[1], 1), factor.dtype)
         gradients = jax.vmap(lambda cotangent: pull(cotangent)[0], in_axes=1)(factor)

@@ -24,15 +24,19 @@ Array = Any
 class Minibatch:
     """Epochs of mini-batches, reshuffled; the likelihood of a batch is scaled by N / B, the prior counts once.
 
-    The objective is divided by N, which gives learning rates their usual scale and moves no minimum. The prior's gradient
-    ``Lambda' d`` is exact where the likelihood's is noisy and changes slowly, so that it serves several steps: the
-    fixed points stay where they are.
+    The objective is divided by N, and the optimiser's change of a weight multiplied by
+
+        sqrt(min_j D_j / D_i),   D the diagonal of Lambda'
+
+    so that weights known well move as little as their standard deviation says, and learning rates keep their usual scale;
+    neither moves a minimum. The prior's gradient may serve several steps, each with the shift s since by the diagonal,
+    ``Lambda' d + D s``: fixed points stay where they are, but the path to them is rougher.
 
     Args:
         optimizer: any optax optimiser.
         epochs: passes over the task at most.
         batch_size: examples a step; the last batch of an epoch is padded under a mask.
-        prior_every: steps that share one gradient of the prior; 1 computes it in each.
+        prior_every: steps that share one gradient of the prior; 1 computes it in each, more saves time with large structures.
         patience: stop after this many epochs without improvement of the epoch's mean objective; None runs all epochs
             and does not judge convergence.
         tolerance: an improvement counts when it exceeds ``tolerance * (1 + |objective|)``.
@@ -90,10 +94,14 @@ class Minibatch:
         counted = jnp.sum(problem.task.mask)
         square = problem.precision.quadratic_form()
         mean = space.layout.arrays(problem.mean)
+        diagonal = problem.precision.precision_diagonal()
+        curvature = space.layout.arrays(diagonal)
+        speed = space.layout.arrays(jnp.sqrt(jnp.min(diagonal) / diagonal))
 
         def block(carry, indices):
             half_square, pull = jax.value_and_grad(lambda d: 0.5 * square(d))(space.layout.packed(carry[0]))
             pull = space.layout.arrays(pull)
+            origin = carry[0]
 
             def step(carry, indices):
                 shift, state = carry
@@ -104,8 +112,10 @@ class Minibatch:
                     return -scale * space.log_likelihood_at(jax.tree.map(jnp.add, mean, shift), batch)
 
                 value, gradient = jax.value_and_grad(misfit)(shift)
-                gradient = jax.tree.map(lambda a, b: (a + b) / jnp.maximum(counted, 1), gradient, pull)
+                prior = jax.tree.map(lambda p, c, d, o: p + c * (d - o), pull, curvature, shift, origin)
+                gradient = jax.tree.map(lambda a, b: (a + b) / jnp.maximum(counted, 1), gradient, prior)
                 change, state = self.optimizer.update(gradient, state, shift)
+                change = jax.tree.map(jnp.multiply, change, speed)
                 return (optax.apply_updates(shift, change), state), value + half_square
 
             return jax.lax.scan(step, carry, indices)

@@ -172,7 +172,6 @@ def _evaluate(equation: Any, values: list[Array], tags: list[Any], tracer: _Trac
     if all(tag is None for tag in tags):
         return [(value, None) for value in _bound(equation, values)]
     inner = params.get("jaxpr") if name in ("jit", "pjit", "closed_call") else None
-    inner = params.get("call_jaxpr", inner) if name in ("custom_jvp_call", "custom_vjp_call") and any(views) else inner
     if inner is not None and isinstance(inner, ClosedJaxpr):
         return list(zip(*_walk(inner, values, tags, tracer), strict=True)) if inner.jaxpr.outvars else []
     moved = _moved(name, params, tags[0], equation)

@@ -6,20 +6,25 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from oracles_gaussian import condition
 from scipy.optimize import minimize
 from walking_regression import GAINS, GROUP, NOISES, P, chain_of, evidence, program, tasks_of
 
-from ssm_nn import Task
+from ssm_nn import Moments, Task, weights
 from ssm_nn.inference.disturbances import disturbances, parallel_sum, product_diagonal
 from ssm_nn.inference.expectation_maximisation import learn_kernel
 from ssm_nn.inference.kernel_profile import profile_kernel
+from ssm_nn.inference.kronecker import Kronecker
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.smoothing import smooth
 from ssm_nn.inference.structures import Dense, Diagonal, LowRank
+from ssm_nn.layer_places import LayerPlace, Places
 from ssm_nn.precision_dense import DensePrecision
 from ssm_nn.precision_diagonal import DiagonalPrecision
+from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
 
 STRUCTURES = {"dense": Dense(), "full rank": LowRank(P)}
@@ -80,6 +85,103 @@ def test_parallel_sum_keeps_its_digits_in_single_precision(kind, scale, rng):
     np.testing.assert_allclose(
         parallel_sum(*single).precision_diagonal(), expected, rtol=2e-4, atol=2e-5 * min(scale, 1)
     )
+
+
+# theta: bias and kernel (in, out) of a layer, 3 of no layer, a kernel (out, in) without bias
+KRONECKER = Places((LayerPlace("A", 2, (3, 2), (0,), 1, 0), LayerPlace("B", 11, (2, 4), (1,), 0, None)), 19)
+KRONECKER_SPANS = {"A": slice(0, 8), "B": slice(11, 19)}
+
+
+def kronecker_pair(rng, shared):
+    """A precision and positive semi-definite information, in one basis or in two."""
+
+    def basis(size):
+        return np.linalg.qr(rng.normal(size=(size, size)))[0]
+
+    bases = [(basis(layer.num_rows), basis(layer.num_outputs)) for layer in KRONECKER.layers]
+    others = bases if shared else [(basis(len(i)), basis(len(o))) for i, o in bases]
+    d, x = rng.uniform(0.5, 2, 3), np.array([0.0, 1.3, 0.0])
+    lowest = [0.3, -1.0]  # of the information, some are 0
+    made = [
+        KroneckerEigen(
+            tuple(EigenBlock(i, o, np.maximum(rng.uniform(low, 4, (len(i), len(o))), 0)) for i, o in of),  # type: ignore[arg-type]
+            DiagonalPlusLowRank(rest, rng.normal(size=(3, 2))),
+            KRONECKER,
+        )
+        for of, rest, low in ((bases, d, lowest[0]), (others, x, lowest[1]))
+    ]
+    return *made, *(np.asarray(one.to_dense()) for one in made)
+
+
+@x64
+def test_kronecker_sums_over_a_layer_equal_dense_algebra(rng):
+    one, two, full, some = kronecker_pair(rng, shared=True)
+    expected = full - full @ np.linalg.solve(full + some, full)
+    shared = parallel_sum(one, two)
+    np.testing.assert_allclose(shared.to_dense(), expected, atol=1e-12)
+    gain = np.repeat([0.7, 0.2, -0.4, 1.1, -1.3], [8, 1, 1, 1, 8])
+    product = np.diag(expected @ np.diag(gain) @ np.linalg.inv(full))
+    found = np.asarray(product_diagonal(shared, jnp.asarray(gain), one))
+    for span in KRONECKER_SPANS.values():
+        np.testing.assert_allclose(found[span].sum(), product[span].sum(), rtol=1e-12)
+    np.testing.assert_allclose(found[8:11], product[8:11], atol=1e-12)
+
+
+@x64
+def test_kronecker_sums_in_two_bases_are_those_of_the_diagonal_in_the_informations(rng):
+    """The product's sums stay exact; of the precision the parallel sum takes the diagonal, as the filter's update does."""
+    one, two, full, some = kronecker_pair(rng, shared=False)
+    shared = parallel_sum(one, two)
+    dense, gain = np.asarray(shared.to_dense()), np.repeat([0.7, 1.0, -1.3], [8, 3, 8])
+    product = np.diag(dense @ np.diag(gain) @ np.linalg.inv(full))
+    found = np.asarray(product_diagonal(shared, jnp.asarray(gain), one))
+    for layer, span in zip(KRONECKER.layers, KRONECKER_SPANS.values(), strict=True):
+        np.testing.assert_allclose(found[span].sum(), product[span].sum(), rtol=1e-12)
+        order = np.asarray(layer.matrix(jnp.arange(19))).ravel()
+        block = two.blocks[KRONECKER.layers.index(layer)]
+        wide = np.kron(block.inputs, block.outputs)
+        here, there = (np.diag(wide.T @ m[np.ix_(order, order)] @ wide) for m in (full, some))
+        expected = wide @ np.diag(here * there / (here + there)) @ wide.T
+        np.testing.assert_allclose(dense[np.ix_(order, order)], expected, atol=1e-12)
+
+
+@x64
+def test_kronecker_learns_the_noise_of_the_dense_filter():
+    """A linear layer with Gaussian outputs, where the Kronecker form is exact up to its bases."""
+    random = np.random.default_rng(5)
+    walk = np.cumsum(random.normal(size=(8, 4, 2)) * np.where(np.arange(8) > 0, 0.4, 1.0)[:, None, None], axis=0)
+    tasks = []
+    for weight in walk:
+        x = random.normal(size=(40, 3))
+        mean = np.c_[x, np.ones(40)] @ weight
+        tasks.append(Task({"x": x, "y": mean + 0.3 * random.normal(size=mean.shape)}))
+    parameters = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+
+    def layer(tasks):
+        noise = numpyro.sample("noise", dist.Uniform(0.0, 10.0))
+        net = weights(
+            "net",
+            (lambda p, x: x @ p["kernel"] + p["bias"], parameters),
+            prior=dist.Normal(0.0, 1.0),
+            transition=lambda leaf: Moments(noise=noise),
+            num_tasks=len(tasks),
+        )
+
+        def observe(f, task):
+            with numpyro.plate("examples", task["x"].shape[0]):
+                numpyro.sample("y", dist.Normal(f(task["x"]), 0.3).to_event(1), obs=task.get("y"))
+
+        net.over(tasks, observe)
+
+    found = {}
+    for structure in (Dense(), Kronecker()):
+        start = LaplaceFilter(layer, structure, hypers={"noise": 0.02})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FilterWarning)
+            found[structure] = learn_kernel(start, tasks, {"noise": "*"}, max_iterations=12).hypers["noise"]
+    dense, kronecker = found.values()
+    np.testing.assert_allclose(kronecker, dense, rtol=0.1)
+    np.testing.assert_allclose(dense, 0.16, rtol=0.5)
 
 
 @x64

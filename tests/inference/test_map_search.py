@@ -80,8 +80,10 @@ def adam(batch_size, epochs=600, **settings):
         (Lbfgs(tolerance=1e-7), CONVERGED, 1e-5),
         (adam(N), FIXED_BUDGET, 1e-4),
         (adam(3), FIXED_BUDGET, 2e-2),
+        (adam(N, prior_every=7), FIXED_BUDGET, 1e-4),
+        (adam(3, prior_every=4), FIXED_BUDGET, 2e-2),
     ],
-    ids=["GaussNewton", "Lbfgs", "Minibatch of all", "Minibatch of three"],
+    ids=["GaussNewton", "Lbfgs", "Minibatch of all", "Minibatch of three", "one prior for seven", "one for four"],
 )
 def test_every_search_ends_at_the_minimum(estimator, status, tolerance):
     found = search(estimator)

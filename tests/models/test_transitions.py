@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ssm_nn import Leaf, MarkovPath, Moments
-from ssm_nn.models.transitions import OrnsteinUhlenbeck, Permuted, RandomWalk, ShrinkAndPerturb, Static
-from ssm_nn.moments import moments_of, step_mean
+from ssm_nn.models.transitions import OrnsteinUhlenbeck, Permuted, RandomWalk, Rotated, ShrinkAndPerturb, Static
+from ssm_nn.moments import check_moments, moments_of, step_mean
 from ssm_nn.precision_dense import DensePrecision
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
@@ -109,6 +109,72 @@ def test_permuted_inside_permuted_is_refused():
 def test_a_permutation_names_each_row_once(order):
     with pytest.raises(ValueError, match=r"each of 0 .. 2 once \(axis 0 of shape \(3, 2\)\)"):
         Permuted(order).moments(LEAF)
+
+
+def orthogonal(size):
+    return np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))[0]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_rotated_weights_give_the_same_outputs_on_rotated_inputs(axis):
+    """Axis 0 of a kernel (in, out), axis 1 of a weight (out, in)."""
+    rng = np.random.default_rng(0)
+    matrix, kernel, x = orthogonal(5), rng.normal(size=(5, 4)), rng.normal(size=(7, 5))
+    moments = Rotated(matrix, axis).moments(Leaf("w", (5, 4) if axis == 0 else (4, 5), 0.0, 1.0))
+    moved = np.asarray(step_mean(moments, jnp.array(kernel if axis == 0 else kernel.T)))
+    turned = x @ matrix.T
+    np.testing.assert_allclose(turned @ (moved if axis == 0 else moved.T), x @ kernel, atol=1e-12)
+    assert np.abs(turned @ kernel - x @ kernel).max() > 0.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_rotation_by_a_permutation_is_the_permutation():
+    order, value = np.array([2, 0, 1]), np.arange(6.0).reshape(3, 2)
+    turned, permuted = (kernel.moments(LEAF) for kernel in (Rotated(np.eye(3)[order]), Permuted(order)))
+    np.testing.assert_array_equal(step_mean(turned, jnp.array(value)), step_mean(permuted, jnp.array(value)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_rotated_keeps_the_kernel_behind_it_and_its_path_the_density():
+    """theta_1 ~ N(0.8 O theta_0, 0.09), theta_0 ~ N(0, 1), by numpy."""
+    matrix = orthogonal(3)
+    moments = Rotated(matrix, then=ShrinkAndPerturb(0.8, 0.3)).moments(LEAF)
+    np.testing.assert_allclose([moments.gain, moments.shift, moments.noise], [0.8, 0, 0.09])
+    path = MarkovPath(0.0, 1.0, moments, 2, LEAF.shape)
+    first, second = np.random.default_rng(1).normal(size=(2, *LEAF.shape))
+    residual = second - 0.8 * np.einsum("ij,jk->ik", matrix, first)
+    expected = -0.5 * np.sum(first**2 + residual**2 / 0.09) - 6 * np.log(2 * np.pi) - 3 * np.log(0.09)
+    np.testing.assert_allclose(path.log_prob(jnp.array([first, second])), expected, rtol=1e-12)
+    still = MarkovPath(0.5, 1e-9, Rotated(matrix).moments(LEAF), 3, LEAF.shape).sample(jax.random.key(0))
+    np.testing.assert_allclose(still[2], matrix @ matrix @ np.asarray(still[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        (np.eye(3) * 1.01, r"has shape \(3, 3\) and differs from an orthogonal one by 0.02"),
+        (np.ones((3, 2)), r"has shape \(3, 2\) and differs from an orthogonal one by inf"),
+        (np.ones(3), "an orthogonal matrix is accepted, such as orthogonal_rotation's"),
+        (np.full((3, 3), np.nan), "differs from an orthogonal one by nan"),
+    ],
+)
+def test_a_matrix_that_is_not_orthogonal_is_refused(matrix, words):
+    with pytest.raises(ValueError, match=words):
+        Rotated(matrix).moments(LEAF)
+
+
+def test_a_matrix_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"maps axis 1 of 'layers.0.kernel' \(shape \(3, 2\)\) .* shape \(3, 3\)"):
+        check_moments(Rotated(orthogonal(3), 1).moments(LEAF), LEAF)
+
+
+@pytest.mark.parametrize("inner", [Permuted(np.arange(3)), Rotated(np.eye(3))])
+def test_rotated_around_another_map_is_refused(inner):
+    with pytest.raises(ValueError, match="multiply the two into one matrix"):
+        Rotated(np.eye(3), then=inner).moments(LEAF)
+    with pytest.raises(ValueError, match="compose the two"):
+        Permuted(np.arange(3), then=Rotated(np.eye(3))).moments(LEAF)
 
 
 def test_scales_are_checked_under_jit_only_by_their_shapes():

@@ -1,0 +1,239 @@
+"""One scenario at one seed: its tasks, its network as a program, and the engines of every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from continual_scenarios import (
+    KNOWN_PERMUTATION,
+    KNOWN_ROTATION,
+    STATIC_WORLD,
+    TASK_CLASSES,
+    Scenario,
+    validation_data,
+)
+from continual_settings import BATCH_SIZE, CURVATURE_EXAMPLES, PRIOR_SCALE, Budget, minibatch
+
+import ssm_nn
+from ssm_nn import ByPath, PerTask, Task
+from ssm_nn.extraction import describe
+from ssm_nn.inference import Diagonal, Kronecker, KroneckerCurvature, LaplaceFilter, Lbfgs, Minibatch, SketchedCurvature
+from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.predictive import Linearised, predict_from
+from ssm_nn.models.datasets import Dataset, load
+from ssm_nn.models.networks import cnn, mlp
+from ssm_nn.models.programs import classification
+from ssm_nn.models.streams import TaskStream
+from ssm_nn.models.transitions import Permuted, Rotated, Static
+from ssm_nn.networks import as_network
+
+Array = Any
+NEVER = -1e9  # logit of a class that the task has not: finite, so that nothing is nan
+
+
+class Shape(NamedTuple):
+    """A network: shape of its inputs, widths of hidden layers (None: convolutions), classes, seed of the first weights."""
+
+    inputs: tuple[int, ...]
+    hidden: tuple[int, ...] | None
+    num_classes: int
+    seed: int
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Noises by layer: name -> pattern of its leaves."""
+        if self.hidden is None:
+            return {"all": "*"}
+        return {f"layer{n}": f"layers.{n}.*" for n in range(len(self.hidden) + 1)}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A scenario at one seed; with ``validation`` on training examples alone."""
+
+    scenario: Scenario
+    budget: Budget
+    seed: int
+    validation: bool = False
+
+    @cached_property
+    def stream(self) -> TaskStream:
+        """Training and test tasks."""
+        dataset, scenario, budget = dataset_of(self.scenario.dataset), self.scenario, self.budget
+        if self.validation:
+            dataset = validation_data(dataset, budget.held_out, self.seed)
+            scenario, budget = scenario.for_validation(budget)
+        return scenario.tasks(dataset, budget, self.seed)
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.stream)
+
+    @cached_property
+    def example(self) -> Task:
+        """The first task, which gives shapes."""
+        return self.stream.train[0]
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether a task fits into one batch: a search then reads it whole."""
+        return self.example.num_examples <= BATCH_SIZE
+
+    @cached_property
+    def minibatch(self) -> Minibatch:
+        """Of the size of the first task."""
+        return self.minibatch_for(self.example.num_examples)
+
+    def minibatch_for(self, num_examples: int) -> Minibatch:
+        """The optimiser whose learning rate reaches 0 after so many examples times the epochs."""
+        return minibatch(self.budget.small_epochs if self.small else self.budget.epochs, num_examples)
+
+    @property
+    def network(self) -> tuple[Any, Any]:
+        """(apply, params)."""
+        return network_of(self.shape)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Of its network."""
+        hidden = None if self.scenario.network == "cnn" else self.budget.hidden
+        classes = self.stream.num_classes
+        assert classes is not None  # every scenario is a classification
+        return Shape(self.stream.input_shape, hidden, classes, self.seed)
+
+    def engine(self, structure: Any, power: float = 1.0, world: str | None = None) -> LaplaceFilter:
+        """The filter of a structure; equal arguments share what is compiled, whatever the power.
+
+        Args:
+            structure: of the precision.
+            power: of the likelihood.
+            world: what the program is told, another than the scenario's.
+        """
+        search = Lbfgs() if self.small else self.minibatch
+        tempered = copy(self._engine(structure, search, self.scenario.world if world is None else world))
+        tempered.power = power  # an argument of what is compiled
+        return tempered
+
+    def joint_trainer(self, num_examples: int) -> LaplaceFilter:
+        """``trainer`` with the optimiser's schedule for so many examples together."""
+        return self._engine(Diagonal(), self.minibatch_for(num_examples), self.scenario.world)
+
+    def _engine(self, structure: Any, estimator: Any, world: str) -> LaplaceFilter:
+        return engine_of(world, self.shape, structure, estimator)
+
+    @cached_property
+    def trainer(self) -> LaplaceFilter:
+        """The engine whose program, prior and estimator the baselines take."""
+        return self.engine(Diagonal())
+
+    def judge(self, belief: Belief, task: Task) -> tuple[float, float]:
+        """Accuracy and NLL (nats an example) on a test task."""
+        if self.scenario.draws:
+            engine = self.trainer
+            method = Linearised(self.scenario.draws)
+            site = predict_from(engine.program, engine.hypers, belief, task, method=method)["y"]
+            chosen = np.argmax(np.asarray(site.probabilities), axis=-1)
+            return float(np.mean(chosen == np.asarray(task["y"]))), -float(np.mean(np.asarray(site.log_density)))
+        right, density = _at_mean(self._bind, self._layout, belief.mean, dict(task))
+        return float(right), -float(density)
+
+    @cached_property
+    def _bind(self) -> Any:
+        return as_network(self.network).bind
+
+    @cached_property
+    def _layout(self) -> Any:
+        return describe(self.trainer.program, self.example, self.trainer.hypers)
+
+
+def forget_compiled() -> None:
+    """Give the memory of all engines back; a new seed has a new network."""
+    engine_of.cache_clear()
+    program_of.cache_clear()
+    network_of.cache_clear()
+    jax.clear_caches()
+
+
+@cache
+def dataset_of(name: str) -> Dataset:
+    """Read once."""
+    return load(name)
+
+
+@cache
+def network_of(shape: Shape) -> tuple[Any, Any]:
+    """Dense layers with relu, or three convolutions and one dense layer."""
+    if shape.hidden is None:
+        return cnn(shape.inputs, num_outputs=shape.num_classes, seed=shape.seed)
+    return mlp((*shape.inputs, *shape.hidden, shape.num_classes), "relu", seed=shape.seed)
+
+
+@cache
+def program_of(world: str, shape: Shape) -> Callable[..., None]:
+    """The program of a world."""
+    if world == STATIC_WORLD:
+        return classification(network_of(shape), PRIOR_SCALE, shape.groups)
+    return _told_program(network_of(shape), world)
+
+
+@cache
+def engine_of(world: str, shape: Shape, structure: Any, estimator: Any) -> LaplaceFilter:
+    """Compiled once for all methods and scenarios that share it; its weights stand still."""
+    curvature = KroneckerCurvature if isinstance(structure, Kronecker) else SketchedCurvature
+    return LaplaceFilter(
+        program_of(world, shape),
+        structure,
+        hypers={f"noise.{name}": 0.0 for name in shape.groups} if world == STATIC_WORLD else {},
+        estimator=estimator,
+        curvature=curvature(CURVATURE_EXAMPLES),
+    )
+
+
+def _told_program(network: Any, world: str) -> Callable[[Any], None]:
+    """Weights that move by the task's known step; logits of the classes that the task has."""
+
+    def kernel(context: Mapping[str, Array]) -> ByPath:
+        first = Permuted(context["permutation"]) if world == KNOWN_PERMUTATION else Rotated(context["rotation"])
+        return ByPath({"layers.0.kernel": first}, otherwise=Static())
+
+    def observe(f: Callable[[Array], Array], task: Task) -> None:
+        with numpyro.plate("examples", task["x"].shape[0]):
+            numpyro.sample("y", dist.CategoricalLogits(logits_of(f, task)), obs=task.get("y"))
+
+    def program(tasks: Any) -> None:
+        known = world in (KNOWN_PERMUTATION, KNOWN_ROTATION)
+        net = ssm_nn.weights(
+            "net",
+            network,
+            prior=dist.Normal(0.0, PRIOR_SCALE),
+            transition=PerTask(kernel, tasks.context) if known else Static(),
+            num_tasks=len(tasks),
+        )
+        net.over(tasks, observe)
+
+    assert world in (KNOWN_PERMUTATION, KNOWN_ROTATION, TASK_CLASSES)
+    return program
+
+
+def logits_of(f: Callable[[Array], Array], task: Task) -> Array:
+    """Those of the network, of the task's own classes where it names them."""
+    return jnp.where(task["classes"], f(task["x"]), NEVER) if "classes" in task else f(task["x"])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _at_mean(bind: Any, layout: Any, mean: Array, data: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Accuracy and mean log density of the network at its mean weights."""
+    network = bind(layout.arrays(mean)["net"])
+    by_class = jax.nn.log_softmax(logits_of(network, Task(data)))
+    density = jnp.take_along_axis(by_class, data["y"][:, None], axis=1)
+    return jnp.mean(jnp.argmax(by_class, axis=-1) == data["y"]), jnp.mean(density)

@@ -1,0 +1,128 @@
+"""Tables of a scenario: every judgement as CSV, and each method in one line, mean and spread over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from continual_cells import AFTER, BEFORE, SMOOTHED
+
+from ssm_nn.inference.checkpoints import replacing
+from ssm_nn.inference.metrics import forgetting
+
+MEASURES = {
+    "average": "accuracy of the last belief, mean over all tasks",
+    "learnt": "accuracy on each task right after it",
+    "forgetting": "loss of accuracy since a task's best",
+    "before": "accuracy on each task before its data, the first left out",
+    "smoothed": "accuracy on each task given all tasks",
+    "learnt_nll": "NLL on each task right after it, nats an example",
+    "smoothed_nll": "NLL on each task given all tasks",
+    "smoothing_gains": "tasks but the last whose NLL smoothing lowers",
+    "log_evidence": "sum over tasks, nats",
+    "seconds": "a task, median; the first ones compile",
+    "ratio": "seconds over those of fine-tuning at the same seed",
+    "numbers": "kept after the last task",
+}
+CELL = ("scenario", "method", "strength_name", "strength", "seed")
+
+
+def cell_columns(cell: dict[str, Any]) -> dict[str, Any]:
+    """What names a cell in every table."""
+    return {**{name: cell["settings"][name] for name in CELL if name != "strength_name"}, **_word(cell)}
+
+
+def _word(cell: dict[str, Any]) -> dict[str, str]:
+    return {"strength_name": cell["strength_name"]}
+
+
+def measures_of(cell: dict[str, Any]) -> dict[str, float]:
+    """The measures of one cell but for the ratio; nan where the cell has none."""
+    accuracy: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
+    nll: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
+    for row in cell["scores"]:
+        at = (row["learnt"], row["tested"])
+        accuracy[row["view"]][at], nll[row["view"]][at] = row["accuracy"], row["nll"]
+    last = max(learnt for view in accuracy.values() for learnt, _ in view)
+    after, learnt = accuracy[AFTER], [t for t in range(last + 1) if (t, t) in accuracy[AFTER]]
+    every = [(last, t) for t in range(last + 1)]
+    judged_all = all(at in after for at in every)
+    whole = all((i, j) in after for i in range(last + 1) for j in range(i + 1))
+    trained_each = len(learnt) == last + 1
+    earlier = [t for t in range(last) if (last, t) in nll[SMOOTHED]]
+    return {
+        "average": float(np.mean([after[at] for at in every])) if judged_all else math.nan,
+        "learnt": _mean(after[t, t] for t in learnt if trained_each),
+        "forgetting": forgetting(matrix_of(after, last)) if whole else math.nan,
+        "before": _mean(accuracy[BEFORE].values()),
+        "smoothed": _mean(accuracy[SMOOTHED].values()),
+        "learnt_nll": _mean(nll[AFTER][t, t] for t in learnt if trained_each),
+        "smoothed_nll": _mean(nll[SMOOTHED].values()),
+        "smoothing_gains": float(sum(nll[SMOOTHED][last, t] < nll[AFTER][t, t] for t in earlier))
+        if earlier
+        else math.nan,
+        "log_evidence": float(np.sum([row["log_evidence"] for row in cell["tasks"]])),
+        "seconds": float(np.median([row["seconds"] for row in cell["tasks"]])),
+        "numbers": float(cell["tasks"][-1]["numbers"]),
+    }
+
+
+def matrix_of(after: dict[tuple[int, int], float], last: int) -> np.ndarray:
+    """A (T, T), nan above the diagonal."""
+    matrix = np.full((last + 1, last + 1), np.nan)
+    for (i, j), value in after.items():
+        matrix[i, j] = value
+    return matrix
+
+
+def summary_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line a method in the order of ``cells``: its strength, number of seeds, mean and standard deviation of each measure."""
+    measured = {(cell["settings"]["method"], cell["settings"]["seed"]): measures_of(cell) for cell in cells}
+    plain = {seed: found["seconds"] for (method, seed), found in measured.items() if method == "fine-tuning"}
+    for (_, seed), found in measured.items():
+        found["ratio"] = found["seconds"] / plain[seed] if seed in plain else math.nan
+    named = {cell["settings"]["method"]: cell for cell in cells}
+    lines = []
+    for method, cell in named.items():
+        own = [found for (name, _), found in measured.items() if name == method]
+        line = {**cell_columns(cell), "seeds": len(own)}
+        del line["seed"]
+        for measure in MEASURES:
+            values = [found[measure] for found in own]
+            line[measure] = float(np.mean(values))
+            line[measure + "_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        lines.append(line)
+    return lines
+
+
+def write_tables(folder: Path, scenario: str, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``<scenario>.csv`` (judgements), ``<scenario>-tasks.csv`` and ``<scenario>-summary.csv``; the summary's lines."""
+    lines = summary_of(cells)
+    write_csv(folder / f"{scenario}.csv", (cell_columns(c) | row for c in cells for row in c["scores"]))
+    write_csv(folder / f"{scenario}-tasks.csv", (cell_columns(c) | row for c in cells for row in c["tasks"]))
+    write_csv(folder / f"{scenario}-summary.csv", lines)
+    return lines
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Whole or not at all; numbers in full, nan as an empty field."""
+    text = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({name: "" if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()})
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return float(np.mean(listed)) if listed else math.nan
