@@ -111,16 +111,19 @@ class Bench:
         assert classes is not None  # every scenario is a classification
         return Shape(self.stream.input_shape, hidden, classes, self.seed)
 
-    def engine(self, structure: Any, power: float = 1.0, world: str | None = None) -> LaplaceFilter:
+    def engine(
+        self, structure: Any, power: float = 1.0, world: str | None = None, spread: float = 0.0
+    ) -> LaplaceFilter:
         """The filter of a structure; equal arguments share what is compiled, whatever the power.
 
         Args:
             structure: of the precision.
             power: of the likelihood.
             world: what the program is told, another than the scenario's.
+            spread: of the draws over which a Kronecker curvature is averaged.
         """
         search = Lbfgs() if self.small else self.minibatch
-        tempered = copy(self._engine(structure, search, self.scenario.world if world is None else world))
+        tempered = copy(self._engine(structure, search, self.scenario.world if world is None else world, spread))
         tempered.power = power  # an argument of what is compiled
         return tempered
 
@@ -128,8 +131,8 @@ class Bench:
         """``trainer`` with the optimiser's schedule for so many examples together."""
         return self._engine(Diagonal(), self.minibatch_for(num_examples), self.scenario.world)
 
-    def _engine(self, structure: Any, estimator: Any, world: str) -> LaplaceFilter:
-        return engine_of(world, self.shape, structure, estimator)
+    def _engine(self, structure: Any, estimator: Any, world: str, spread: float = 0.0) -> LaplaceFilter:
+        return engine_of(world, self.shape, structure, estimator, spread)
 
     @cached_property
     def trainer(self) -> LaplaceFilter:
@@ -187,15 +190,18 @@ def program_of(world: str, shape: Shape) -> Callable[..., None]:
 
 
 @cache
-def engine_of(world: str, shape: Shape, structure: Any, estimator: Any) -> LaplaceFilter:
+def engine_of(world: str, shape: Shape, structure: Any, estimator: Any, spread: float) -> LaplaceFilter:
     """Compiled once for all methods and scenarios that share it; its weights stand still."""
-    curvature = KroneckerCurvature if isinstance(structure, Kronecker) else SketchedCurvature
+    if isinstance(structure, Kronecker):
+        curvature: Any = KroneckerCurvature(CURVATURE_EXAMPLES, spread)
+    else:
+        curvature = SketchedCurvature(CURVATURE_EXAMPLES)
     return LaplaceFilter(
         program_of(world, shape),
         structure,
         hypers={f"noise.{name}": 0.0 for name in shape.groups} if world == STATIC_WORLD else {},
         estimator=estimator,
-        curvature=curvature(CURVATURE_EXAMPLES),
+        curvature=curvature,
     )
 
 

@@ -19,7 +19,8 @@ from ssm_nn.inference.replay import Replay
 from ssm_nn.inference.synaptic_intelligence import SynapticIntelligence
 from ssm_nn.inference.variational_continual import VariationalContinual
 
-POWERS = (1.0, 3.0, 10.0)
+POWERS = (1.0, 3.0)
+SPREADS = (0.5, 0.25, 1.0)  # standard deviations of the belief
 LEARNT_FROM, LEARNING_RUNS = 1e-3, 8  # EM starts at this noise, and runs the filter so often at most
 NOT_KEPT = ("step", "key", "start_mean", "start_sigma")  # of a state: copies and counters
 
@@ -63,6 +64,8 @@ def method_of(name: str, smoothed: bool = False) -> Method:
         return Method(name, lambda bench, power: bench.engine(LowRank(rank), power), powers, "power")
     if name == "kronecker":
         return Method(name, _kronecker_static, powers, "power")
+    if name == "kronecker-spread":
+        return Method(name, _kronecker_spread, SPREADS, "spread")
     if name == "kronecker-known":
         return Method(name, lambda bench, power: bench.engine(Kronecker(), power), (1.0,), "power")
     if name == "kronecker-learnt":
@@ -90,6 +93,12 @@ def kept_numbers(state: Any) -> int:
 def _kronecker_static(bench: Bench, power: float) -> LaplaceFilter:
     world = bench.scenario.world if bench.scenario.whole_matrix else STATIC_WORLD
     return bench.engine(Kronecker(), power, world)
+
+
+def _kronecker_spread(bench: Bench, spread: float) -> LaplaceFilter:
+    """Curvature averaged over draws from the belief, instead of the likelihood's power."""
+    world = bench.scenario.world if bench.scenario.whole_matrix else STATIC_WORLD
+    return bench.engine(Kronecker(), 1.0, world, spread)
 
 
 def _kronecker_walk(bench: Bench, noise: float) -> LaplaceFilter:

@@ -40,7 +40,7 @@ class Scenario:
     num_tasks: int
     examples: int | None = None
     test_examples: int | None = None
-    methods: tuple[str, ...] = (*BASELINES, "low-rank", "kronecker")
+    methods: tuple[str, ...] = (*BASELINES, "low-rank", "kronecker", "kronecker-spread")
     world: str = STATIC_WORLD
     network: str = "mlp"
     smoothed: bool = False
@@ -132,7 +132,13 @@ def _of(dataset: str) -> list[Scenario]:
     known = ("fine-tuning", "kronecker", "kronecker-known")
     turned = partial(rotated, step=5.0)
     return [
-        Scenario(f"permuted-{dataset}-10", dataset, permuted, 10, methods=(*BASELINES, "low-rank-*", "kronecker")),
+        Scenario(
+            f"permuted-{dataset}-10",
+            dataset,
+            permuted,
+            10,
+            methods=(*BASELINES, "low-rank-*", "kronecker", "kronecker-spread"),
+        ),
         Scenario(f"permuted-{dataset}-50", dataset, permuted, 50),
         Scenario(f"disjoint-{dataset}", dataset, split, 2),
         Scenario(f"split-{dataset}", dataset, split, 5, world=TASK_CLASSES),
