@@ -194,15 +194,7 @@ class KroneckerCurvature:
             chosen = jax.random.permutation(subset_key, total)[: self.examples]
         counted = jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
         scale = power * jnp.sum(task.mask) / counted
-        draw = None
-        if self.spread:
-            part = replace(self, spread=0.0, examples=min(self.examples, _ROUGH_EXAMPLES))
-            rough = part.gather(space, structure, theta, task, predicted, power, rough_key)
-            belief = predicted.absorb(rough.site)
-
-            def draw(key):
-                return theta + self.spread * belief.sample(key)
-
+        draw = self._draws(space, structure, theta, task, predicted, power, rough_key) if self.spread else None
         passes = _LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)
         sides = passes.sides()
         blocks = []
@@ -220,6 +212,14 @@ class KroneckerCurvature:
             rest, share = _scaled(cut.precision, scale), cut.dropped_share
         site = replace(predicted, blocks=tuple(blocks), rest=rest)
         return Information(site, predicted.absorb(site).logdet() - predicted.logdet(), share)
+
+    def _draws(
+        self, space: StateSpace, structure: Any, theta: Array, task: Task, predicted: Any, power: Array, key: Array
+    ) -> Callable[[Array], Array]:
+        """Weights around theta, from a belief with the mode's curvature."""
+        part = replace(self, spread=0.0, examples=min(self.examples, _ROUGH_EXAMPLES))
+        belief = predicted.absorb(part.gather(space, structure, theta, task, predicted, power, key).site)
+        return lambda key: theta + self.spread * belief.sample(key)
 
     def log_likelihood_and_gradient(self, space: StateSpace, theta: Array, task: Task) -> tuple[Array, Array]:
         """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""

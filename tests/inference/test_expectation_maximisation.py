@@ -110,7 +110,8 @@ def kronecker_pair(rng, shared):
         )
         for of, rest, low in ((bases, d, lowest[0]), (others, x, lowest[1]))
     ]
-    return *made, *(np.asarray(one.to_dense()) for one in made)
+    one, two = made
+    return one, two, np.asarray(one.to_dense()), np.asarray(two.to_dense())
 
 
 @x64
