@@ -80,7 +80,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a filter step costs beside plain training.")
     parser.add_argument("--quick", action="store_true", help="6,000 examples and one epoch: checks that it runs")
     parser.add_argument("--repeats", type=int, default=5, help="pairs measured (default 5)")
-    parser.add_argument("--batch-size", type=int, default=128, help="of both (default 128)")
+    parser.add_argument("--batch-size", type=int, default=256, help="of both (default 256)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     return parser.parse_args()
 

@@ -88,6 +88,7 @@ def test_a_finished_cell_is_not_run_again(finished, monkeypatch):
     assert {path: path.read_bytes() for path in out.glob("*.csv")} == before
 
 
+@pytest.mark.slow
 def test_a_killed_cell_goes_on_after_its_last_whole_task_with_the_same_result(finished, tmp_path, monkeypatch):
     whole = [row for row in rows_of(finished[0] / "digits.csv") if row["method"] == "ewc" and row["seed"] == "0"]
     save, written = continual_cells.save, []

@@ -358,6 +358,7 @@ def test_tune_takes_the_best_score_and_passes_over_nan():
         tune(Known, [2.0], [None], lambda belief: np.nan)
 
 
+@pytest.mark.slow
 def test_each_baseline_forgets_less_than_fine_tuning_on_permuted_digits():
     stream = permuted(load("digits"), 3, train_size=600, test_size=200, seed=2)
     train = [stream.train[t] for t in range(3)]

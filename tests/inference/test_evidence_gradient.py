@@ -159,6 +159,7 @@ def test_the_cut_has_a_finite_derivative_where_singular_values_are_equal(rng):
             assert float(jnp.sum(gradient * direction)) == pytest.approx(float(slope), rel=1e-6)
 
 
+@pytest.mark.slow
 @x64
 def test_gradient_and_em_end_at_one_maximum():
     tasks = tasks_of(1, noise=(0.3, 0.1), num_tasks=8)

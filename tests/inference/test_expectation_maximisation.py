@@ -146,6 +146,7 @@ def test_kronecker_sums_in_two_bases_are_those_of_the_diagonal_in_the_informatio
         np.testing.assert_allclose(dense[np.ix_(order, order)], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @x64
 def test_kronecker_learns_the_noise_of_the_dense_filter():
     """A linear layer with Gaussian outputs, where the Kronecker form is exact up to its bases."""
@@ -244,6 +245,7 @@ def test_the_fixed_point_is_the_maximum_of_the_exact_evidence(structure, start):
     assert len(plain.history) == 1, "EM alone must stay where the evidence has its maximum"
 
 
+@pytest.mark.slow
 @x64
 def test_noise_and_gain_are_learnt_together():
     """Under permutations and unequal gaps."""
