@@ -73,6 +73,7 @@ def test_gradient_equals_that_of_the_exact_evidence(structure):
         assert float(found.gradient[name]) == pytest.approx(expected, rel=1e-6, abs=1e-7), name
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("structure", ["diagonal", "rank 2"])
 def test_gradient_of_an_approximation_is_that_of_its_own_evidence(structure):
@@ -92,6 +93,7 @@ def test_gradient_of_an_approximation_is_that_of_its_own_evidence(structure):
     assert all(np.isfinite(float(part)) for part in still.gradient.values())
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("structure", [Dense(), pytest.param(LowRank(6), marks=pytest.mark.slow)])
 def test_gradient_of_a_nonlinear_network_with_a_converged_map(structure):
@@ -177,6 +179,7 @@ def test_gradient_and_em_end_at_one_maximum():
     assert by_gradient.hypers["gain.first"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_a_shape():
     tasks = [Task(jax.tree.map(np.float32, task.data)) for task in tasks_of(0, num_tasks=4)]
     gradient = EvidenceGradient(LaplaceFilter(program, LowRank(P), hypers=hypers_of((0.1, 0.1))))
@@ -188,6 +191,7 @@ def test_a_step_is_compiled_once_a_shape():
     assert found.gradient["noise.first"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_suffice_are_reported():
     tasks = [Task(jax.tree.map(np.float32, task.data)) for task in tasks_of(0, num_tasks=4)]
     start = LaplaceFilter(program, LowRank(P), hypers=hypers_of((5.0, 5.0)))

@@ -270,6 +270,7 @@ def test_noise_and_gain_are_learnt_together():
     assert np.all(np.diff([one.log_evidence for one in plain.history]) > 0)
 
 
+@pytest.mark.slow
 def test_single_precision_finds_the_maximum():
     tasks = [Task(jax.tree.map(np.float32, task.data)) for task in tasks_of(3)]
     _, value = maximum(lambda z: evidence(tasks_of(3), np.exp(z)), np.log([0.3, 0.1]))
@@ -290,6 +291,7 @@ def test_of_an_approximation_the_best_iterate_is_kept_and_its_end_is_told():
     assert learnt.log_evidence > learnt.history[0].log_evidence + 1
 
 
+@pytest.mark.slow
 @x64
 def test_the_profile_peaks_where_em_ends():
     tasks = tasks_of(1, noise=(0.3, 0.1))

@@ -199,6 +199,7 @@ def posterior():
     return made.smooth(filtered)
 
 
+@pytest.mark.slow
 def test_smoothing_never_loses_trace():
     made = posterior()
     for t, (before, after) in enumerate(zip(made.filtered.beliefs, made.beliefs, strict=True)):
@@ -239,6 +240,7 @@ def test_predictions_guide_and_datatree_come_out():
     assert tree["filter_stats"]["log_evidence"].dims == ("task",)
 
 
+@pytest.mark.slow
 def test_float32_stays_float32_and_finite():
     with jax.enable_x64(False):
         single = LaplaceFilter(classes(mlp((D, 3, K))), Kronecker(), estimator=GaussNewton())
