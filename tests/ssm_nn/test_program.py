@@ -232,7 +232,7 @@ def test_the_extracted_parts_add_up_to_the_joint_density(name):
             total += normal_log_density(theta, space.prior_mean, space.prior_variance)
         else:
             gain, shift, noise, order = space.moments[:4]
-            moved = before if order is None else before[order]
+            moved = before if order is None else before[order.indices(before.size)]
             total += normal_log_density(theta[moves], (gain * moved + shift)[moves], noise[moves])
         total += float(space.log_likelihood(theta, tasks.at(t)))
         before = theta
