@@ -26,12 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import extract
-from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info
+from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info, predict_belief
 from ssm_nn.inference.expectation_maximisation import Iterate
 from ssm_nn.inference.hyper_parameters import as_list, check_known, supports
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.moments import Moments
-from ssm_nn.precision import permuted, step_mean_vector
 from ssm_nn.tasks import Task, Tasks, as_task
 
 __all__ = ["Adapted", "AdaptedInfo", "AdaptiveFilter"]
@@ -182,18 +181,15 @@ class AdaptiveFilter:
         self, stacked: Any, state: FilterState, context: Task, theta: Array, moments: Moments, site: Any
     ) -> Array:
         """The closed form for every entry of ``stacked``, up to the log likelihood, which they share."""
-        met = _predicted(state, moments)
+        before = Belief(state.mean, state.precision)
+        met = predict_belief(before, moments)
         gradient = met.precision.matvec(theta - met.mean)  # of the log likelihood: the MAP is stationary
 
         def score(hypers: Any) -> Array:
-            mean, precision, _ = _predicted(state, extract(self.engine.program, context, hypers).moments)
+            mean, precision, _ = predict_belief(before, extract(self.engine.program, context, hypers).moments)
             both = precision.absorb(site)
             pull = gradient - precision.matvec(theta - mean)
             fit = pull @ both.solve(pull) - precision.quadratic(theta - mean)
             return 0.5 * (fit + precision.logdet() - both.logdet())
 
         return jax.lax.map(score, stacked)
-
-
-def _predicted(state: FilterState, moments: Moments) -> Belief:
-    return Belief(step_mean_vector(moments, state.mean), permuted(state.precision, moments).predict(moments))

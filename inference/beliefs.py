@@ -9,8 +9,9 @@ from ssm_nn.extraction import Layout, Program
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE
 from ssm_nn.inference.structures import Structure
 from ssm_nn.moments import Moments
+from ssm_nn.precision import permuted, step_mean_vector
 
-__all__ = ["Belief", "FilterState", "Filtered", "Info"]
+__all__ = ["Belief", "FilterState", "Filtered", "Info", "predict_belief"]
 
 Array = Any
 
@@ -38,6 +39,11 @@ class Belief(NamedTuple):
     mean: Array
     precision: Any
     centre: Array | None = None
+
+
+def predict_belief(belief: Belief, moments: Moments) -> Belief:
+    """The belief of the next task before its data: ``m' = a O m + b``, ``Lambda' = (A Lambda^-1 A + Q)^-1`` after O."""
+    return Belief(step_mean_vector(moments, belief.mean), permuted(belief.precision, moments).predict(moments))
 
 
 class FilterState(NamedTuple):

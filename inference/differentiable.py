@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace, extract
-from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.beliefs import Belief, predict_belief
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import MapProblem
 from ssm_nn.inference.structures import Cut, LowRank, Structure
-from ssm_nn.precision import permuted, step_mean_vector
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
 from ssm_nn.tasks import Task
 
@@ -66,7 +65,7 @@ class TaskEvidence:
         return self._prior(self._space(hypers, task))
 
     def _without_data(self, hypers: Any, before: Belief, task: Task) -> Belief:
-        return self._predicted(self._space(hypers, task), before)
+        return predict_belief(before, self._space(hypers, task).moments)
 
     def _first(self, hypers: Any, task: Task, shift: Array, power: Array, key: Array) -> tuple[Belief, Array]:
         space = self._space(hypers, task)
@@ -76,12 +75,7 @@ class TaskEvidence:
         self, hypers: Any, before: Belief, task: Task, shift: Array, power: Array, key: Array
     ) -> tuple[Belief, Array]:
         space = self._space(hypers, task)
-        return self._update(space, hypers, self._predicted(space, before), task, shift, power, key)
-
-    @staticmethod
-    def _predicted(space: StateSpace, before: Belief) -> Belief:
-        moments = space.moments
-        return Belief(step_mean_vector(moments, before.mean), permuted(before.precision, moments).predict(moments))
+        return self._update(space, hypers, predict_belief(before, space.moments), task, shift, power, key)
 
     def _update(
         self, space: StateSpace, hypers: Any, predicted: Belief, task: Task, shift: Array, power: Array, key: Array

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from ssm_nn.extraction import Layout, Program, StateSpace, describe, extract
 from ssm_nn.inference.automatic import AutomaticEstimator
 from ssm_nn.inference.batches import with_mask, without_masked
-from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info
+from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info, predict_belief
 from ssm_nn.inference.checks import check_support, check_task
 from ssm_nn.inference.curvature import Curvature, ExactCurvature
 from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapEstimator, MapProblem, all_finite, norm
@@ -31,7 +31,6 @@ from ssm_nn.inference.posterior import Posterior
 from ssm_nn.inference.smoothing import smooth
 from ssm_nn.inference.structures import LowRank, Structure
 from ssm_nn.moments import Moments
-from ssm_nn.precision import permuted, step_mean_vector
 from ssm_nn.tasks import Task, Tasks, as_task
 
 __all__ = ["FilterWarning", "LaplaceFilter"]
@@ -221,11 +220,8 @@ class LaplaceFilter:
         space = self._space(hypers, task)
         moments = space.moments
 
-        def moved():
-            precision = permuted(state.precision, moments).predict(moments)
-            return Belief(step_mean_vector(moments, state.mean), precision)
-
-        predicted = jax.lax.cond(state.step == 0, lambda: Belief(state.mean, state.precision), moved)
+        before = Belief(state.mean, state.precision)
+        predicted = jax.lax.cond(state.step == 0, lambda: before, lambda: predict_belief(before, moments))
 
         def first_start():
             # at the network's own weights, or a draw where these are zero: a zero mean is a saddle of a network's posterior
