@@ -2,9 +2,9 @@
 
     uv run python benchmarks/continual.py [SCENARIO ...] [--quick] [--seeds 0 1 2] [--methods ...] [--out ...]
 
-A cell is one method on one scenario at one seed, with a strength that was tuned on other data. Finished cells lie in
-``<out>/cells`` and are not run again; an interrupted one goes on after its last whole task. Tables and pictures are made of
-all cells that the present settings have finished, also by earlier calls.
+A cell is one method on one scenario at one seed, with a strength and a learning rate that were tuned on other data. Finished
+cells lie in ``<out>/cells`` and are not run again; an interrupted one goes on after its last whole task. Tables and pictures
+are made of all cells that the present settings have finished, also by earlier calls.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 from continual_bench import Bench, forget_compiled
-from continual_cells import Store, run_cell, settings_of, tuned_strength
+from continual_cells import Store, run_cell, settings_of, tuned
 from continual_figures import draw
-from continual_methods import Method, method_of
+from continual_methods import Choice, Method, method_of
 from continual_scenarios import SCENARIOS, Scenario
 from continual_settings import FULL, QUICK, VALIDATION_SEED, Budget
 from continual_summary import MEASURES, write_tables
@@ -60,25 +60,26 @@ def run(
         cells = progress.add_task("cells", total=len(seeds) * sum(len(methods) for _, methods in plan))
         tasks = progress.add_task("tasks")
         for scenario, methods in plan:
-            strengths = {}
+            choices = {}
             for method in methods:
-                progress.update(tasks, description=f"{scenario.name} {method.name}: strength", total=None)
-                strengths[method.name] = tuned_strength(store, scenario, method, budget)
+                progress.update(tasks, description=f"{scenario.name} {method.name}: tuning", total=None)
+                choices[method.name] = tuned(store, scenario, method, budget)
             if any(len(method.candidates(budget)) > 1 for method in methods):
                 forget_compiled()
             for seed in seeds:
                 if seed != compiled_for:
                     forget_compiled()
                 compiled_for = seed
-                bench = Bench(scenario, budget, seed)
                 for method in methods:
+                    choice = choices[method.name]
+                    bench = Bench(scenario, budget, seed, learning_rate=choice.learning_rate)
 
                     def report(
                         done: int, total: int, words: str = f"{scenario.name} {method.name} seed {seed}"
                     ) -> None:
                         progress.update(tasks, description=words, completed=done, total=total)
 
-                    run_cell(store, bench, method, strengths[method.name], report)
+                    run_cell(store, bench, method, choice, report)
                     progress.advance(cells)
             summaries.append(_tables(store, scenario, budget, out, console))
     return summaries
@@ -105,10 +106,12 @@ def _tables(store: Store, scenario: Scenario, budget: Budget, out: Path, console
 
 def _is_present(cell: dict[str, Any], scenario: Scenario, budget: Budget, order: list[str]) -> bool:
     settings = cell["settings"]
-    if settings["method"] not in order:
+    if settings["method"] not in order or "learning_rate" not in settings:
         return False
     method = method_of(settings["method"], scenario.smoothed)
-    return settings == settings_of(scenario, method, settings["seed"], budget, settings["strength"])
+    return settings == settings_of(
+        scenario, method, settings["seed"], budget, Choice(settings["strength"], settings["learning_rate"])
+    )
 
 
 def _table(scenario: Scenario, lines: list[dict[str, Any]]) -> Table:
@@ -116,12 +119,14 @@ def _table(scenario: Scenario, lines: list[dict[str, Any]]) -> Table:
     table = Table(title=scenario.name, caption=f"{jax.devices()[0].platform}, seeds: {lines[0]['seeds']}")
     shown = [measure for measure in MEASURES if any(not math.isnan(line[measure]) for line in lines)]
     table.add_column("method")
-    table.add_column("strength")
+    table.add_column("tuned")
     for measure in shown:
         table.add_column(measure, justify="right")
     for line in lines:
-        strength = f"{line['strength_name']} {line['strength']:g}" if line["strength_name"] else ""
-        table.add_row(line["method"], strength, *(_words(line, measure) for measure in shown))
+        strength = f"{line['strength_name']} {line['strength']:g}, " if line["strength_name"] else ""
+        table.add_row(
+            line["method"], f"{strength}rate {line['learning_rate']:g}", *(_words(line, measure) for measure in shown)
+        )
     return table
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from continual_scenarios import (
     Scenario,
     validation_data,
 )
-from continual_settings import BATCH_SIZE, CURVATURE_EXAMPLES, PRIOR_SCALE, Budget, minibatch
+from continual_settings import BATCH_SIZE, CURVATURE_EXAMPLES, LEARNING_RATES, PRIOR_SCALE, Budget, minibatch
 
 import ssm_nn
 from ssm_nn import ByPath, PerTask, Task
@@ -64,15 +63,12 @@ class Bench:
     budget: Budget
     seed: int
     validation: bool = False
+    learning_rate: float = LEARNING_RATES[0]
 
     @cached_property
     def stream(self) -> TaskStream:
         """Training and test tasks."""
-        dataset, scenario, budget = dataset_of(self.scenario.dataset), self.scenario, self.budget
-        if self.validation:
-            dataset = validation_data(dataset, budget.held_out, self.seed)
-            scenario, budget = scenario.for_validation(budget)
-        return scenario.tasks(dataset, budget, self.seed)
+        return stream_of(self.scenario, self.budget, self.seed, self.validation)
 
     @property
     def num_tasks(self) -> int:
@@ -96,7 +92,8 @@ class Bench:
 
     def minibatch_for(self, num_examples: int) -> Minibatch:
         """The optimiser whose learning rate reaches 0 after so many examples times the epochs."""
-        return minibatch(self.budget.small_epochs if self.small else self.budget.epochs, num_examples)
+        epochs = self.budget.small_epochs if self.small else self.budget.epochs
+        return minibatch(epochs, num_examples, self.learning_rate)
 
     @property
     def network(self) -> tuple[Any, Any]:
@@ -123,9 +120,9 @@ class Bench:
             spread: of the draws over which a Kronecker curvature is averaged.
         """
         search = Lbfgs() if self.small else self.minibatch
-        tempered = copy(self._engine(structure, search, self.scenario.world if world is None else world, spread))
-        tempered.power = power  # an argument of what is compiled
-        return tempered
+        return self._engine(structure, search, self.scenario.world if world is None else world, spread).with_power(
+            power
+        )
 
     def joint_trainer(self, num_examples: int) -> LaplaceFilter:
         """``trainer`` with the optimiser's schedule for so many examples together."""
@@ -171,6 +168,16 @@ def forget_compiled() -> None:
 def dataset_of(name: str) -> Dataset:
     """Read once."""
     return load(name)
+
+
+@lru_cache(maxsize=1)
+def stream_of(scenario: Scenario, budget: Budget, seed: int, validation: bool) -> TaskStream:
+    """The stream of a bench, made once for all its methods."""
+    dataset = dataset_of(scenario.dataset)
+    if validation:
+        dataset = validation_data(dataset, budget.held_out, seed)
+        scenario, budget = scenario.for_validation(budget)
+    return scenario.tasks(dataset, budget, seed)
 
 
 @cache

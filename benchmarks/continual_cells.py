@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from continual_bench import Bench
-from continual_methods import Method, belief_of, kept_numbers
+from continual_methods import Choice, Method, belief_of, kept_numbers
 from continual_scenarios import Scenario
 from continual_settings import VALIDATION_SEED, Budget, common
 
@@ -75,8 +75,9 @@ class Store:
                 yield content
 
 
-def settings_of(scenario: Scenario, method: Method, seed: int, budget: Budget, strength: float | str) -> dict[str, Any]:
+def settings_of(scenario: Scenario, method: Method, seed: int, budget: Budget, choice: Choice | str) -> dict[str, Any]:
     """All that a result depends on, but for the code."""
+    chosen = {"tuned": choice} if isinstance(choice, str) else choice._asdict()
     return {
         "scenario": scenario.name,
         "dataset": scenario.dataset,
@@ -84,27 +85,33 @@ def settings_of(scenario: Scenario, method: Method, seed: int, budget: Budget, s
         "examples": scenario.examples,
         "test_examples": scenario.test_examples,
         "draws": scenario.draws,
+        "validation_tasks": scenario.validation_tasks,
         "method": method.name,
         "seed": seed,
-        "strength": strength,
+        **chosen,
         "common": common(budget),
     }
 
 
-def tuned_strength(store: Store, scenario: Scenario, method: Method, budget: Budget) -> float:
-    """The strength that scores best on the validation stream; found once for all seeds."""
+def tuned(store: Store, scenario: Scenario, method: Method, budget: Budget) -> Choice:
+    """The strength and learning rate that score best on the validation stream; found once for all seeds."""
     candidates = method.candidates(budget)
     if len(candidates) == 1:
         return candidates[0]
-    settings = settings_of(scenario, method, VALIDATION_SEED, budget, "tuned among " + ", ".join(map(str, candidates)))
+    settings = settings_of(scenario, method, VALIDATION_SEED, budget, str([tuple(c) for c in candidates]))
     known = store.read(settings)
     if known is not None:
-        return known["strength"]
-    bench = Bench(scenario, budget, VALIDATION_SEED, validation=True)
-    found = _tuned(bench, method, candidates)
-    scores = {str(strength): score for strength, score in found.scores.items()}
-    store.write(settings, {"strength": found.strength, "scores": scores, "at_edge": found.at_edge})
-    return found.strength
+        return Choice(*known["choice"])
+    scores = {}
+    for rate in dict.fromkeys(c.learning_rate for c in candidates):
+        bench = Bench(scenario, budget, VALIDATION_SEED, validation=True, learning_rate=rate)
+        strengths = tuple(c.strength for c in candidates if c.learning_rate == rate)
+        found = _tuned(bench, method, strengths).scores
+        scores |= {Choice(strength, rate): score for strength, score in found.items()}
+    best = max(scores, key=lambda c: -math.inf if math.isnan(scores[c]) else scores[c])
+    listed = [{**c._asdict(), "score": score} for c, score in scores.items()]
+    store.write(settings, {"choice": best, "scores": listed})
+    return best
 
 
 def _tuned(bench: Bench, method: Method, candidates: tuple[float, ...]) -> Tuned:
@@ -116,16 +123,16 @@ def _tuned(bench: Bench, method: Method, candidates: tuple[float, ...]) -> Tuned
     return tune(lambda strength: method.make(bench, strength), candidates, tasks, score, bench.seed)
 
 
-def run_cell(store: Store, bench: Bench, method: Method, strength: float, report: Report) -> Result:
+def run_cell(store: Store, bench: Bench, method: Method, choice: Choice, report: Report) -> Result:
     """The cell's result, from its file if it is finished."""
-    settings = settings_of(bench.scenario, method, bench.seed, bench.budget, strength)
+    settings = settings_of(bench.scenario, method, bench.seed, bench.budget, choice)
     known = store.read(settings)
     if known is not None and known["done"]:
         return Result(known["scores"], known["tasks"])
     if method.name == "joint":
         result = _joint(bench, method)
     else:
-        result = _task_by_task(store, settings, bench, method, strength, report)
+        result = _task_by_task(store, settings, bench, method, choice.strength, report)
     note = {"strength_name": method.strength_name, "done": True}
     store.write(settings, {**note, "scores": result.scores, "tasks": result.tasks})
     for begun in store.path(settings).parent.glob(store.path(settings, "").name + ".task*.npz"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from continual_bench import Bench
 from continual_scenarios import STATIC_WORLD
-from continual_settings import REPLAYED, Budget
+from continual_settings import LEARNING_RATES, REPLAYED, Budget
 
 from ssm_nn.inference import Belief, Kronecker, LaplaceFilter, LowRank
 from ssm_nn.inference.baselines import FineTuning, JointTraining
@@ -20,9 +20,16 @@ from ssm_nn.inference.synaptic_intelligence import SynapticIntelligence
 from ssm_nn.inference.variational_continual import VariationalContinual
 
 POWERS = (1.0, 3.0)
-SPREADS = (0.5, 0.25, 1.0)  # standard deviations of the belief
+SPREADS = (0.25, 0.5, 1.0)  # standard deviations of the belief
 LEARNT_FROM, LEARNING_RUNS = 1e-3, 8  # EM starts at this noise, and runs the filter so often at most
 NOT_KEPT = ("step", "key", "start_mean", "start_sigma")  # of a state: copies and counters
+
+
+class Choice(NamedTuple):
+    """A method's strength, and the learning rate of its steps."""
+
+    strength: float
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Method:
         name: on the command line.
         make: (bench, strength) -> a filter or a baseline.
         strengths: candidates; a single one is taken as it is.
+        rates: candidates for the learning rate, tuned together with the strength.
         strength_name: what the strength is called in the method's own words, empty where there is none.
     """
 
@@ -40,10 +48,12 @@ class Method:
     make: Callable[[Bench, float], Any]
     strengths: tuple[float, ...] = (1.0,)
     strength_name: str = ""
+    rates: tuple[float, ...] = LEARNING_RATES[:1]
 
-    def candidates(self, budget: Budget) -> tuple[float, ...]:
+    def candidates(self, budget: Budget) -> list[Choice]:
         """Those that the budget allows."""
-        return self.strengths[: budget.strengths]
+        rates = self.rates[: budget.strengths]
+        return [Choice(strength, rate) for rate in rates for strength in self.strengths[: budget.strengths]]
 
 
 def method_of(name: str, smoothed: bool = False) -> Method:
@@ -123,19 +133,21 @@ def _own_steps(bench: Bench) -> Any:
 _BASELINES = {
     method.name: method
     for method in (
-        Method("fine-tuning", lambda bench, _: FineTuning(bench.trainer)),
+        Method("fine-tuning", lambda bench, _: FineTuning(bench.trainer), rates=LEARNING_RATES),
         Method("joint", lambda bench, _: JointTraining(bench.trainer)),
         Method(
             "ewc",
             lambda bench, strength: OnlineEWC(bench.trainer, strength),
             (10.0, 100.0, 1.0, 1000.0),
             "strength",
+            LEARNING_RATES,
         ),
         Method(
             "si",
             lambda bench, strength: SynapticIntelligence(bench.trainer, strength, minibatch=_own_steps(bench)),
             (1.0, 0.1, 0.01, 10.0),
             "strength",
+            LEARNING_RATES,
         ),
         Method(
             "vcl",
@@ -144,10 +156,12 @@ _BASELINES = {
             ),
             (1.0, 0.1, 0.01),
             "kl_weight",
+            LEARNING_RATES,
         ),
         Method(
             f"replay-{REPLAYED}",
             lambda bench, _: Replay(bench.trainer, REPLAYED, minibatch=_own_steps(bench)),
+            rates=LEARNING_RATES,
         ),
     )
 }

@@ -10,9 +10,8 @@ import optax
 
 from ssm_nn.inference import Minibatch
 
-LEARNING_RATE = 1e-2  # of Adam at the start of every task; it falls to 0 as a cosine
+LEARNING_RATES = (1e-2, 1e-3)  # of Adam at the start of every task; it falls to 0 as a cosine. Filters take the first.
 BATCH_SIZE = 256
-PRIOR_EVERY = 2
 PRIOR_SCALE = 0.2
 CURVATURE_EXAMPLES = 10_000
 REPLAYED = 200  # examples of each past task
@@ -68,19 +67,17 @@ QUICK = Budget(
 
 
 @cache
-def minibatch(epochs: int, num_examples: int) -> Minibatch:
+def minibatch(epochs: int, num_examples: int, learning_rate: float) -> Minibatch:
     """Adam on mini-batches, of every method; one object for equal arguments, so that it is compiled for once."""
     steps = epochs * -(-num_examples // BATCH_SIZE)
-    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-    return Minibatch(optimizer, epochs=epochs, batch_size=min(BATCH_SIZE, num_examples), prior_every=PRIOR_EVERY)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    return Minibatch(optimizer, epochs=epochs, batch_size=min(BATCH_SIZE, num_examples))
 
 
 def common(budget: Budget) -> dict[str, Any]:
     """Everything here that a result depends on."""
     return {
-        "learning_rate": LEARNING_RATE,
         "batch_size": BATCH_SIZE,
-        "prior_every": PRIOR_EVERY,
         "prior_scale": PRIOR_SCALE,
         "curvature_examples": CURVATURE_EXAMPLES,
         "replayed": REPLAYED,

@@ -30,7 +30,7 @@ MEASURES = {
     "ratio": "seconds over those of fine-tuning at the same seed",
     "numbers": "kept after the last task",
 }
-CELL = ("scenario", "method", "strength_name", "strength", "seed")
+CELL = ("scenario", "method", "strength_name", "strength", "learning_rate", "seed")
 
 
 def cell_columns(cell: dict[str, Any]) -> dict[str, Any]:

@@ -28,10 +28,10 @@ import numpy as np
 from ssm_nn.extraction import extract
 from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info, predict_belief
 from ssm_nn.inference.expectation_maximisation import Iterate
-from ssm_nn.inference.hyper_parameters import as_list, check_known, supports
+from ssm_nn.inference.hyper_parameters import check_known, supports
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.moments import Moments
-from ssm_nn.tasks import Task, Tasks, as_task
+from ssm_nn.tasks import Task, Tasks, as_task, each_task
 
 __all__ = ["Adapted", "AdaptedInfo", "AdaptiveFilter"]
 
@@ -137,7 +137,7 @@ class AdaptiveFilter:
     def run(self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> Adapted:
         """All tasks one after another; equal to ``init`` and the ``update``s."""
         state, states, infos = None, [], []
-        for task in as_list(tasks):
+        for task in each_task(tasks):
             state = self.init(key, task) if state is None else state
             state, info = self.update(state, task)
             states.append(state)

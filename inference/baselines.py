@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.map_problem import MapResult
-from ssm_nn.inference.training import TaskByTask, Training, TrainingState, as_arrays, each_task
-from ssm_nn.tasks import Task, Tasks, check_alike
+from ssm_nn.inference.training import TaskByTask, Training, TrainingState
+from ssm_nn.tasks import Task, Tasks, check_alike, listed_tasks
 
 __all__ = ["FineTuning", "JointTraining", "TrainingState", "join"]
 
@@ -81,7 +82,7 @@ class JointTraining(_UnderThePrior):
 
     def run(self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> tuple[Belief, ...]:
         """One Belief a task, each trained on all tasks up to it."""
-        listed = _listed(tasks)
+        listed = listed_tasks(tasks)
         size = sum(task.num_examples for task in listed)
         state, beliefs = None, []
         for t, task in enumerate(listed):
@@ -93,7 +94,7 @@ class JointTraining(_UnderThePrior):
 
 def join(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], size: int | None = None) -> Task:
     """The examples of all tasks as one task, padded with masked zeros to ``size``; the context is the last task's."""
-    listed = _listed(tasks)
+    listed = listed_tasks(tasks)
     check_alike(listed)
     total = sum(task.num_examples for task in listed)
     size = total if size is None else size
@@ -111,10 +112,3 @@ def _padded(parts: list[Array], size: int) -> np.ndarray:
     # on the host: on the device every length would be compiled for
     joined = np.concatenate([np.asarray(part) for part in parts])
     return np.pad(joined, [(0, size - joined.shape[0])] + [(0, 0)] * (joined.ndim - 1))
-
-
-def _listed(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> list[Task]:
-    listed = list(each_task(tasks))
-    if not listed:
-        raise ValueError("tasks is empty; at least one task is needed")
-    return listed

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 
 from ssm_nn.tasks import Task
 
-__all__ = ["batched", "rows", "with_mask", "without_masked"]
+__all__ = ["as_arrays", "batched", "rows", "with_mask", "without_masked"]
 
 Array = Any
+
+
+def as_arrays(task: Task) -> Task:
+    """The task with every leaf on the device."""
+    return jax.tree.map(jnp.asarray, task)
 
 
 def with_mask(task: Task) -> Task:

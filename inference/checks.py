@@ -1,7 +1,8 @@
-"""Checks of a task's data before anything is learnt from them."""
+"""Checks of arguments, and of a task's data before anything is learnt from them."""
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +12,30 @@ from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import with_mask
 from ssm_nn.tasks import Task
 
-__all__ = ["check_support", "check_task"]
+__all__ = ["check_count", "check_finite", "check_positive", "check_support", "check_task"]
 
 Array = Any
+
+
+def check_count(least: int = 1, **named: Any) -> None:
+    """Raise ValueError for an argument that is not a whole number, or below ``least``."""
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; a whole number >= {least} is accepted")
+
+
+def check_finite(least: float, **named: float) -> None:
+    """Raise ValueError for an argument that is not finite, or below ``least``."""
+    for name, value in named.items():
+        if not (isfinite(value) and value >= least):
+            raise ValueError(f"{name} is {value}; a finite number >= {least:g} is accepted")
+
+
+def check_positive(**named: float) -> None:
+    """Raise ValueError for an argument that is not finite, or not above 0."""
+    for name, value in named.items():
+        if not (isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}; a finite number > 0 is accepted")
 
 
 def check_task(task: Task) -> None:
@@ -22,6 +44,9 @@ def check_task(task: Task) -> None:
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             continue
         values = np.asarray(array)
+        with np.errstate(all="ignore"):
+            if np.isfinite(np.sum(values)):  # three times faster than a look at each number
+                continue
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         bad = ~finite if task.mask is None else ~finite & np.asarray(task.mask)
         if bad.any():

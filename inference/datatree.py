@@ -25,6 +25,7 @@ import numpy as np
 
 from ssm_nn.extraction import Layout
 from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.draws import collect, observed_values, posterior_draw, prior_draw
 from ssm_nn.inference.smoothing import Smoothed, filter_statistics
 from ssm_nn.tasks import Task, Tasks, stack_tasks
@@ -62,8 +63,7 @@ def to_datatree(
     """
     import xarray
 
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples!r}; a whole number >= 1 is accepted")
+    check_count(num_samples=num_samples)
     stack = None if tasks is None else stack_tasks(tasks)
     if stack is not None and len(stack) != len(smoothed):
         raise ValueError(f"tasks holds {len(stack)} tasks, but the posterior has {len(smoothed)}")

@@ -25,10 +25,10 @@ from ssm_nn.inference.beliefs import Belief, FilterState
 from ssm_nn.inference.curvature import ExactCurvature
 from ssm_nn.inference.differentiable import TaskEvidence
 from ssm_nn.inference.expectation_maximisation import Iterate
-from ssm_nn.inference.hyper_parameters import as_list, check_known, supports
+from ssm_nn.inference.hyper_parameters import check_known, supports
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, MapProblem
-from ssm_nn.tasks import Task, Tasks
+from ssm_nn.tasks import Task, Tasks, listed_tasks
 
 __all__ = ["EvidenceGradient", "EvidenceMaximum", "Slope", "maximise_evidence"]
 
@@ -77,7 +77,7 @@ class EvidenceGradient:
             ValueError: for data or hyper-parameters that the filter does not accept.
         """
         engine = self.engine.with_hypers(hypers)
-        listed = as_list(tasks)
+        listed = listed_tasks(tasks)
         state = engine.init(key, listed[0])
         total, pulls, unconverged = 0.0, [], []
         for t, task in enumerate(listed):
@@ -180,7 +180,7 @@ def maximise_evidence(
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}; a number > 0 is accepted")
     check_known(learn, engine.hypers, "learn")
-    listed = as_list(tasks)
+    listed = listed_tasks(tasks)
     constraints = supports(engine.program, listed[0], engine.hypers)
     maps = {name: biject_to(constraints[name]) for name in learn}
     free = {name: maps[name].inv(engine.hypers[name]) for name in learn}

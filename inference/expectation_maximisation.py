@@ -30,11 +30,11 @@ import numpy as np
 from ssm_nn.extraction import describe
 from ssm_nn.inference.beliefs import Filtered, FilterState
 from ssm_nn.inference.disturbances import Disturbance, disturbances
-from ssm_nn.inference.hyper_parameters import as_list, check_known, coordinates, supports
+from ssm_nn.inference.hyper_parameters import check_known, coordinates, supports
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.smoothing import smooth
 from ssm_nn.moments import Moments
-from ssm_nn.tasks import Task, Tasks
+from ssm_nn.tasks import Task, Tasks, listed_tasks
 
 __all__ = ["Iterate", "LearntKernel", "learn_kernel"]
 
@@ -153,7 +153,7 @@ def learn_kernel(
         raise ValueError(f"tolerance is {tolerance}; a number > 0 is accepted")
     check_known(noises, engine.hypers, "noises")
     check_known(gains, engine.hypers, "gains")
-    listed = as_list(tasks, at_least=2)
+    listed = listed_tasks(tasks, at_least=2)
     groups = _groups(engine, listed, noises, gains)
     search = _Search(engine, listed, groups, key, max_iterations, tolerance)
     status = search.run(accelerate)

@@ -13,9 +13,9 @@ from numpyro import handlers
 
 from ssm_nn.extraction import Layout, Program
 from ssm_nn.markov_path import MarkovPath
-from ssm_nn.tasks import Task, Tasks, as_task, stack_tasks
+from ssm_nn.tasks import Task, stack_tasks
 
-__all__ = ["as_list", "check_known", "coordinates", "supports"]
+__all__ = ["check_known", "coordinates", "supports"]
 
 Array = Any
 
@@ -55,16 +55,3 @@ def coordinates(layout: Layout, pattern: str, argument: str) -> Array:
         raise ValueError(f"{argument}: no weights match the pattern {pattern!r}; the paths are {paths}")
     sizes = [site.stop - site.start for site in layout.sites]
     return jnp.asarray(np.repeat(chosen, sizes))
-
-
-def as_list(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], at_least: int = 1) -> list[Task]:
-    """Tasks that are to be read many times.
-
-    Raises:
-        ValueError: for fewer than ``at_least``.
-    """
-    stream = (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else iter(tasks)
-    listed = [as_task(task) for task in stream]
-    if len(listed) < at_least:
-        raise ValueError(f"tasks has {len(listed)} tasks; at least {at_least} are needed")
-    return listed

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.inference.hyper_parameters import as_list, check_known
+from ssm_nn.inference.hyper_parameters import check_known
 from ssm_nn.inference.laplace import LaplaceFilter
-from ssm_nn.tasks import Task, Tasks
+from ssm_nn.tasks import Task, Tasks, listed_tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +96,7 @@ def profile_kernel(
     grid = np.unique(np.asarray(values, float))
     if len(grid) < 2:
         raise ValueError(f"values is {list(values)}; two or more different numbers are accepted")
-    listed, evidence, hypers = as_list(tasks), [], []
+    listed, evidence, hypers = listed_tasks(tasks), [], []
     for value in grid:
         here = engine.with_hypers(engine.hypers | {name: jnp.asarray(value, engine.hypers[name].dtype)})
         if refit is not None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows, single
+from ssm_nn.inference.checks import check_count, check_finite
 from ssm_nn.inference.curvature import Information, factor_columns, sampled_gradient
 from ssm_nn.inference.structures import Cut, LowRank
 from ssm_nn.layer_places import LayerPlace, Places
@@ -60,8 +61,7 @@ class Kronecker:
     places: Places | None = None
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
-            raise ValueError(f"rank is {self.rank!r}; a whole number >= 0 is accepted")
+        check_count(0, rank=self.rank)
 
     def fitted(self, space: StateSpace, task: Task) -> Kronecker:
         """With the places of the layers.
@@ -176,10 +176,8 @@ class KroneckerCurvature:
     spread: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.spread < float("inf"):
-            raise ValueError(f"spread is {self.spread!r}; a finite number >= 0 is accepted")
-        if isinstance(self.examples, bool) or not isinstance(self.examples, int) or self.examples < 1:
-            raise ValueError(f"examples is {self.examples!r}; a whole number >= 1 is accepted")
+        check_finite(0.0, spread=self.spread)
+        check_count(examples=self.examples)
 
     def gather(
         self, space: StateSpace, structure: Any, theta: Array, task: Task, predicted: Any, power: Array, key: Array

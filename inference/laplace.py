@@ -22,16 +22,16 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import Layout, Program, StateSpace, describe, extract
 from ssm_nn.inference.automatic import AutomaticEstimator
-from ssm_nn.inference.batches import with_mask, without_masked
+from ssm_nn.inference.batches import as_arrays, with_mask, without_masked
 from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info, predict_belief
-from ssm_nn.inference.checks import check_support, check_task
+from ssm_nn.inference.checks import check_positive, check_support, check_task
 from ssm_nn.inference.curvature import Curvature, ExactCurvature
 from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapEstimator, MapProblem, all_finite, norm
 from ssm_nn.inference.posterior import Posterior
 from ssm_nn.inference.smoothing import smooth
 from ssm_nn.inference.structures import LowRank, Structure
 from ssm_nn.moments import Moments
-from ssm_nn.tasks import Task, Tasks, as_task
+from ssm_nn.tasks import Task, Tasks, as_task, each_task
 
 __all__ = ["FilterWarning", "LaplaceFilter"]
 
@@ -71,8 +71,7 @@ class LaplaceFilter:
     ):
         if not callable(program):
             raise ValueError(f"program is {program!r}; a NumPyro program, a function of the tasks, is accepted")
-        if not 0 < power < float("inf"):
-            raise ValueError(f"power is {power}; a finite number > 0 is accepted")
+        check_positive(power=power)
         if structure is not None and not hasattr(structure, "cut_message"):
             raise ValueError(
                 f"structure is {structure!r}; LowRank(rank), Diagonal(), Dense() and Kronecker() are accepted"
@@ -95,6 +94,13 @@ class LaplaceFilter:
         other.hypers = _strongly_typed(hypers)
         return other
 
+    def with_power(self, power: float) -> LaplaceFilter:
+        """The same engine with the likelihood counted ``power`` times; nothing is compiled again."""
+        check_positive(power=power)
+        other = copy(self)
+        other.power = float(power)
+        return other
+
     def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> FilterState:
         """The belief before any task: the prior. Nothing is learnt from ``task``; it gives shapes and is checked.
 
@@ -105,8 +111,9 @@ class LaplaceFilter:
         key = jax.random.key(int(key)) if isinstance(key, Integral) else key
         task = as_task(task)
         check_task(task)
-        extract(self.program, task, self.hypers)  # raises on values that an abstract trace would not see
-        prior = self._first(self.hypers, _as_arrays(task))
+        # raises on values of the context that an abstract trace would not see; one example is enough for that
+        extract(self.program, Task(jax.tree.map(lambda a: a[:1], task.data), task.context), self.hypers)
+        prior = self._first(self.hypers, as_arrays(task))
         return FilterState(jnp.zeros((), jnp.int32), key, prior.mean, prior.precision)
 
     def update(self, state: FilterState, task: Task | Mapping[str, Any] | None) -> tuple[FilterState, Info]:
@@ -119,7 +126,7 @@ class LaplaceFilter:
             ValueError: for data that are not finite, or outside the likelihood's support.
         """
         began = time.perf_counter()
-        task = _as_arrays(as_task(task))
+        task = as_arrays(as_task(task))
         check_task(task)
         task = without_masked(task)
         next_key, map_key, curvature_key = jax.random.split(state.key, 3)
@@ -165,14 +172,8 @@ class LaplaceFilter:
             tasks: a stack, a list or any iterator of tasks.
             progress: called after each task with its index, the state and the Info.
         """
-        if isinstance(tasks, Mapping) and not isinstance(tasks, Tasks):
-            raise ValueError(
-                "tasks is a mapping; a stack made by stack_tasks, a list or an iterator of tasks is accepted"
-            )
-        stream = (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else iter(tasks)
         state, states, infos, layout, template = None, [], [], None, None
-        for t, raw in enumerate(stream):
-            task = as_task(raw)
+        for t, task in enumerate(each_task(tasks)):
             if state is None:
                 state, layout = self.init(key, task), describe(self.program, task, self.hypers)
             if template is not None and task.data:
@@ -183,8 +184,6 @@ class LaplaceFilter:
             infos.append(info)
             if progress is not None:
                 progress(t, state, info)
-        if layout is None:
-            raise ValueError("tasks is empty; at least one task is needed")
         return self.filtered(states, infos, layout)
 
     def filtered(self, states: list[FilterState], infos: list[Info], layout: Layout | None = None) -> Filtered:
@@ -270,10 +269,6 @@ class LaplaceFilter:
 def _strongly_typed(hypers: Mapping[str, Any]) -> dict[str, Array]:
     # a Python number is weakly typed, and each of the two kinds would be compiled for
     return {name: jnp.asarray(value, jnp.result_type(value)) for name, value in hypers.items()}
-
-
-def _as_arrays(task: Task) -> Task:
-    return jax.tree.map(jnp.asarray, task)
 
 
 def _check_like(t: int, task: Task, template: Task) -> None:

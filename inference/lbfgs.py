@@ -20,7 +20,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Lbfgs:
-    """optax's L-BFGS with its zoom line search, in coordinates ``z = sqrt(diag Lambda') d`` where the prior is round.
+    """optax's L-BFGS with its zoom line search, in coordinates ``z = R d``, ``Lambda' = R^T R``, where the prior is round.
 
     Cheaper than Gauss-Newton wherever the task's columns are many; it needs values and gradients alone.
 
@@ -52,14 +52,13 @@ class Lbfgs:
 
     def _minimise(self, program: Any, problem: MapProblem, start: Array) -> tuple[Array, Array, Array, Array]:
         space = extract(program, problem.task, problem.hypers)
-        scale = jax.lax.rsqrt(problem.precision.precision_diagonal())
+        whitening = problem.precision.whitening()
         limit = self.tolerance * jnp.sqrt(float(start.shape[0]))
         optimizer = optax.lbfgs()
 
-        at_shift = problem.objective(space)
-
         def objective(z):
-            return at_shift(scale * z)
+            log_likelihood = space.log_likelihood(problem.mean + whitening.colour(z), problem.task)
+            return 0.5 * jnp.sum(jnp.square(z)) - problem.power * log_likelihood
 
         value_and_gradient = optax.value_and_grad_from_state(objective)
 
@@ -73,11 +72,11 @@ class Lbfgs:
             change, state = optimizer.update(gradient, state, z, value=value, grad=gradient, value_fn=objective)
             return z + change, state, count + 1, norm(gradient), value
 
-        z: Any = start / scale
+        z: Any = whitening.whiten(start)
         infinite = jnp.asarray(jnp.inf, start.dtype)
         z, _, steps, size, value = jax.lax.while_loop(
             unfinished, iterate, (z, optimizer.init(z), jnp.asarray(0), infinite, jnp.zeros((), start.dtype))
         )
         status = jnp.where(size <= limit, CONVERGED, NOT_CONVERGED)
         status = jnp.where(jnp.isfinite(value) & jnp.all(jnp.isfinite(z)), status, NOT_FINITE)
-        return scale * z, steps, status, value
+        return whitening.colour(z), steps, status, value

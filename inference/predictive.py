@@ -23,6 +23,7 @@ import numpyro.distributions as dist
 from ssm_nn.extraction import Program, StateSpace, extract
 from ssm_nn.inference.batches import batched, single, with_mask
 from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.checks import check_count
 from ssm_nn.likelihoods import likelihood_of
 from ssm_nn.tasks import Task, as_task
 
@@ -72,11 +73,6 @@ class Prediction(NamedTuple):
     log_density: np.ndarray | None
 
 
-def _check_samples(num_samples: int) -> None:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples!r}; a whole number >= 1 is accepted")
-
-
 @dataclass(frozen=True)
 class AtMean:
     """Outputs at the mean weights, without uncertainty of the weights.
@@ -99,7 +95,7 @@ class Linearised:
     num_samples: int = 100
 
     def __post_init__(self):
-        _check_samples(self.num_samples)
+        check_count(num_samples=self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class ThroughNetwork:
     num_samples: int = 100
 
     def __post_init__(self):
-        _check_samples(self.num_samples)
+        check_count(num_samples=self.num_samples)
 
 
 Method = AtMean | Linearised | ThroughNetwork

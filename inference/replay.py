@@ -19,13 +19,14 @@ import numpy as np
 import optax
 
 from ssm_nn.extraction import Program, extract
-from ssm_nn.inference.batches import index_batches, one_batch, rows
+from ssm_nn.inference.batches import as_arrays, index_batches, one_batch, rows
 from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.epochs import batch_log_likelihood, minibatch_of, run_epochs
+from ssm_nn.inference.checks import check_count
+from ssm_nn.inference.epochs import batch_log_likelihood, run_epochs
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult
 from ssm_nn.inference.minibatch import Minibatch
-from ssm_nn.inference.training import TaskByTask, as_arrays
+from ssm_nn.inference.training import TaskByTask, minibatch_of
 from ssm_nn.tasks import Task, as_task, check_alike
 
 __all__ = ["Memory", "Replay", "ReplayState"]
@@ -82,8 +83,7 @@ class Replay(TaskByTask[ReplayState]):
         minibatch: Minibatch | None = None,
     ):
         super().__init__(engine)
-        if isinstance(examples_per_task, bool) or not isinstance(examples_per_task, int) or examples_per_task < 1:
-            raise ValueError(f"examples_per_task is {examples_per_task!r}; a whole number >= 1 is accepted")
+        check_count(examples_per_task=examples_per_task)
         if not 0 < share < 1:
             raise ValueError(f"share is {share}; a number between 0 and 1 is accepted")
         self.examples_per_task, self.share = examples_per_task, float(share)

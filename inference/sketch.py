@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows, single
+from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.curvature import Information, sampled_gradient
 from ssm_nn.inference.structures import Diagonal, LowRank, Structure
 from ssm_nn.precision_diagonal import DiagonalPrecision
@@ -59,11 +60,8 @@ class SketchedCurvature:
     column_batch: int = 40
 
     def __post_init__(self):
-        for name in ("examples", "column_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a whole number >= 1 is accepted")
-        if self.oversampling < 0:
-            raise ValueError(f"oversampling is {self.oversampling}; a whole number >= 0 is accepted")
+        check_count(examples=self.examples, column_batch=self.column_batch)
+        check_count(0, oversampling=self.oversampling)
 
     def gather(
         self,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace
+from ssm_nn.inference.checks import check_count
 from ssm_nn.moments import Moments
 from ssm_nn.precision_dense import DensePrecision
 from ssm_nn.precision_diagonal import DiagonalPrecision
@@ -93,8 +94,7 @@ class LowRank(AnyProgram):
     keep_diagonal: bool = True
 
     def __post_init__(self):
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
-            raise ValueError(f"rank is {self.rank!r}; a whole number >= 0 is accepted")
+        check_count(0, rank=self.rank)
 
     def prior(self, variance: Array) -> DiagonalPlusLowRank:
         """``diag(1 / variance)``."""

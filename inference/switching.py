@@ -20,9 +20,8 @@ import numpy as np
 
 from ssm_nn.extraction import describe
 from ssm_nn.inference.beliefs import Filtered, FilterState, Info
-from ssm_nn.inference.hyper_parameters import as_list
 from ssm_nn.inference.laplace import LaplaceFilter
-from ssm_nn.tasks import Task, Tasks, as_task
+from ssm_nn.tasks import Task, Tasks, as_task, each_task
 
 __all__ = ["SwitchInfo", "SwitchState", "Switched", "SwitchingFilter"]
 
@@ -176,7 +175,7 @@ class SwitchingFilter:
     def run(self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> Switched:
         """All tasks one after another; equal to ``init`` and the ``update``s."""
         state, states, infos = None, [], []
-        for task in as_list(tasks):
+        for task in each_task(tasks):
             state = self.init(key, task) if state is None else state
             state, info = self.update(state, task)
             states.append(state.filter)

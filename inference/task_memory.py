@@ -19,9 +19,8 @@ import jax
 import numpy as np
 
 from ssm_nn.inference.beliefs import FilterState, Info
-from ssm_nn.inference.hyper_parameters import as_list
 from ssm_nn.inference.laplace import LaplaceFilter
-from ssm_nn.tasks import Task, Tasks, as_task
+from ssm_nn.tasks import Task, Tasks, as_task, listed_tasks
 
 __all__ = ["MemoryInfo", "MemoryState", "Recognised", "TaskMemory"]
 
@@ -137,7 +136,7 @@ class TaskMemory:
 
     def run(self, key: Array | int, batches: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> Recognised:
         """All batches one after another; equal to ``init`` and the ``update``s."""
-        listed, infos = as_list(batches), []
+        listed, infos = listed_tasks(batches), []
         state = self.init(key, listed[0])
         for batch in listed:
             state, info = self.update(state, batch)

@@ -9,19 +9,19 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from math import isfinite
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.inference.batches import with_mask, without_masked
+from ssm_nn.inference.batches import as_arrays, with_mask, without_masked
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_task
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult, all_finite
+from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.precision_diagonal import DiagonalPrecision
-from ssm_nn.tasks import Task, Tasks, as_task
+from ssm_nn.tasks import Task, Tasks, as_task, each_task
 
 __all__ = ["TaskByTask", "Training", "TrainingState"]
 
@@ -138,8 +138,6 @@ class TaskByTask[State: NamedTuple](Training, ABC):
             state = self.init(key, task) if state is None else state
             state, _ = self.update(state, task)
             beliefs.append(self.belief(state, task))
-        if not beliefs:
-            raise ValueError("tasks is empty; at least one task is needed")
         return tuple(beliefs)
 
 
@@ -149,26 +147,13 @@ def anchored(prior: Belief, mean: Array, weight: Array) -> Belief:
     return Belief(prior.mean + weight / total * (mean - prior.mean), DiagonalPrecision(total))
 
 
-def each_task(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> Iterable[Task]:
-    """The tasks of a stack, a list or any iterator, one at a time."""
-    stream = (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else iter(tasks)
-    return (as_task(task) for task in stream)
-
-
-def as_arrays(task: Task) -> Task:
-    """The task with every leaf on the device."""
-    return jax.tree.map(jnp.asarray, task)
-
-
-def check_finite(least: float, **named: float) -> None:
-    """Raise ValueError for an argument that is not finite, or below ``least``."""
-    for name, value in named.items():
-        if not (isfinite(value) and value >= least):
-            raise ValueError(f"{name} is {value}; a finite number >= {least:g} is accepted")
-
-
-def check_positive(**named: float) -> None:
-    """Raise ValueError for an argument that is not finite, or not above 0."""
-    for name, value in named.items():
-        if not (isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}; a finite number > 0 is accepted")
+def minibatch_of(engine: LaplaceFilter, minibatch: Minibatch | None, owner: str) -> Minibatch:
+    """The settings given, or the engine's; ValueError where neither are mini-batches."""
+    chosen = engine.estimator if minibatch is None else minibatch
+    if not isinstance(chosen, Minibatch):
+        name = "the engine's estimator" if minibatch is None else "minibatch"
+        raise ValueError(
+            f"{name} is {type(chosen).__name__}, but {owner} trains in mini-batches: give it minibatch=Minibatch(...), or an "
+            "engine whose estimator is one"
+        )
+    return chosen

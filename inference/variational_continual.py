@@ -20,11 +20,12 @@ import optax
 from ssm_nn.extraction import Program, extract
 from ssm_nn.inference.batches import index_batches
 from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.epochs import batch_log_likelihood, minibatch_of, run_epochs
+from ssm_nn.inference.checks import check_count, check_positive
+from ssm_nn.inference.epochs import batch_log_likelihood, run_epochs
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult
 from ssm_nn.inference.minibatch import Minibatch
-from ssm_nn.inference.training import TaskByTask, check_positive
+from ssm_nn.inference.training import TaskByTask, minibatch_of
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task
 
@@ -78,8 +79,7 @@ class VariationalContinual(TaskByTask[VariationalState]):
     ):
         super().__init__(engine)
         check_positive(kl_weight=kl_weight, initial_sigma=initial_sigma, sigma_rate=sigma_rate)
-        if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
-            raise ValueError(f"num_draws is {num_draws!r}; a whole number >= 1 is accepted")
+        check_count(num_draws=num_draws)
         self.kl_weight, self.initial_sigma, self.sigma_rate = float(kl_weight), float(initial_sigma), float(sigma_rate)
         self.num_draws = num_draws
         self.minibatch = minibatch_of(engine, minibatch, type(self).__name__)

@@ -1,16 +1,16 @@
 """Streams whose tasks differ in their inputs: rotated, at irregular times too, permuted, brightened images."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from ssm_nn.models.datasets import Dataset
 from ssm_nn.models.rotations import turned
 from ssm_nn.models.stream_making import (
-    PERMUTATIONS,
     draw_rows,
-    generator,
     natural_order,
+    permutation_of,
     settings_of,
     shaped,
     steps_of,
@@ -148,10 +148,7 @@ def permuted(
     train_rows, test_rows, disjoint = draw_rows(dataset, num_tasks, train_size, test_size, seed)
     num_pixels = int(np.prod(dataset.train_x.shape[1:]))
 
-    def pixels(k: int) -> np.ndarray:
-        """P_k."""
-        return generator(seed, PERMUTATIONS, k).permutation(num_pixels) if k else np.arange(num_pixels)
-
+    pixels = partial(permutation_of, seed, num_pixels)
     steps = steps_of(pixels, natural)
 
     def task(x: np.ndarray, y: np.ndarray, k: int) -> Task:

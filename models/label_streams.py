@@ -1,19 +1,20 @@
 """Streams whose tasks differ in their labels: some of the classes each, or the classes under other labels."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from ssm_nn.models.datasets import Dataset
 from ssm_nn.models.stream_making import (
     EXAMPLES,
-    PERMUTATIONS,
     TEST_EXAMPLES,
     check_seed,
     check_size,
     draw_rows,
     generator,
     natural_order,
+    permutation_of,
     settings_of,
     shaped,
     steps_of,
@@ -115,11 +116,7 @@ def relabelled(
     natural = natural_order(order, num_tasks)
     train_rows, test_rows, disjoint = draw_rows(dataset, num_tasks, train_size, test_size, seed)
 
-    def classes(k: int) -> np.ndarray:
-        """P_k."""
-        count = dataset.num_classes
-        return generator(seed, PERMUTATIONS, k).permutation(count) if k else np.arange(count)
-
+    classes = partial(permutation_of, seed, dataset.num_classes)
     steps = steps_of(classes, natural)
 
     def task(x: np.ndarray, y: np.ndarray, k: int) -> Task:

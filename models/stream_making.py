@@ -11,13 +11,13 @@ from ssm_nn.tasks import Task
 
 __all__ = [
     "EXAMPLES",
-    "PERMUTATIONS",
     "TEST_EXAMPLES",
     "check_seed",
     "check_size",
     "draw_rows",
     "generator",
     "natural_order",
+    "permutation_of",
     "settings_of",
     "shaped",
     "steps_of",
@@ -26,6 +26,11 @@ __all__ = [
 
 # One child of the seed for each use, so that no two uses draw from one stream of random numbers.
 EXAMPLES, TEST_EXAMPLES, PERMUTATIONS = range(3)
+
+
+def permutation_of(seed: int, size: int, k: int) -> np.ndarray:
+    """P_k (size,) of the natural number k: drawn, but the identity for k = 0."""
+    return generator(seed, PERMUTATIONS, k).permutation(size) if k else np.arange(size)
 
 
 def steps_of(permutation: Callable[[int], np.ndarray], natural: Sequence[int]) -> dict[int, np.ndarray]:

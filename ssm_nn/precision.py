@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 
 from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
+from ssm_nn.whitening import Whitening
 
 __all__ = ["Precision", "permuted", "step_mean_vector", "unpermuted", "unpermuted_vector"]
 
@@ -55,6 +56,10 @@ class Precision(Protocol):
 
     def quadratic_form(self) -> Callable[[Array], Array]:
         """``quadratic`` prepared for many evaluations: factors are made, and laid out for reading, once."""
+        ...
+
+    def whitening(self) -> Whitening:
+        """A square root; a product with it costs no more than one with Lambda."""
         ...
 
     def sample(self, key: Array) -> Array:

@@ -11,6 +11,7 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 
 from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
+from ssm_nn.whitening import Whitening
 
 __all__ = ["DensePrecision"]
 
@@ -56,6 +57,15 @@ class DensePrecision(NamedTuple):
         """``quadratic`` with the Cholesky factor made once."""
         upper = jnp.linalg.cholesky(self.matrix).T
         return lambda x: jnp.sum(jnp.square(upper @ x))
+
+    def whitening(self) -> Whitening:
+        """``L^T`` of the Cholesky factor."""
+        root = jnp.linalg.cholesky(self.matrix)
+
+        def colour(z: Array) -> Array:
+            return jax.scipy.linalg.solve_triangular(root, z, lower=True, trans="T")
+
+        return Whitening(lambda x: root.T @ x, colour, jnp.linalg.eigvalsh(self.matrix)[0])
 
     def sample(self, key: Array) -> Array:
         """``L^-T e``."""

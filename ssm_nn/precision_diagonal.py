@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
+from ssm_nn.whitening import Whitening
 
 __all__ = ["DiagonalPrecision"]
 
@@ -53,6 +54,11 @@ class DiagonalPrecision(NamedTuple):
     def quadratic_form(self) -> Callable[[Array], Array]:
         """``quadratic`` itself."""
         return self.quadratic
+
+    def whitening(self) -> Whitening:
+        """``sqrt(d)``."""
+        root = jnp.sqrt(self.diagonal)
+        return Whitening(lambda x: root * x, lambda z: z / root, jnp.min(self.diagonal))
 
     def sample(self, key: Array) -> Array:
         """``e / sqrt(d)``."""

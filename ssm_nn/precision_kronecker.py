@@ -23,6 +23,7 @@ from ssm_nn.coordinate_map import CoordinateMap, LeafMap, along_axis
 from ssm_nn.layer_places import LayerPlace, Places
 from ssm_nn.moments import Moments
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
+from ssm_nn.whitening import Whitening
 
 __all__ = ["EigenBlock", "KroneckerEigen"]
 
@@ -130,15 +131,26 @@ class KroneckerEigen:
         """``quadratic``: two products with small matrices a layer."""
         return self.quadratic
 
+    def whitening(self) -> Whitening:
+        """``sqrt S * Z``, elementwise but for the turn into the basis and back."""
+        rest = self.rest.whitening()
+        smallest = jnp.stack([*(jnp.min(b.values) for b in self.blocks), rest.smallest])
+        return Whitening(
+            lambda x: self._vector(lambda b, w: jnp.sqrt(b.values) * b.rotate(w), rest.whiten, x),
+            lambda z: self._vector(lambda b, w: b.back(w / jnp.sqrt(b.values)), rest.colour, z),
+            jnp.min(smallest),
+        )
+
     def sample(self, key: Array) -> Array:
         """``V_A (e / sqrt S) V_G^T``."""
-        return self._noise(key, lambda values: jax.lax.rsqrt(values), self.rest.sample)
+        return self._noise(key, [1 / b.values for b in self.blocks], self.rest.sample)
 
-    def _noise(self, key: Array, spread: Callable[[Array], Array], of_rest: Callable[[Array], Array]) -> Array:
+    def _noise(self, key: Array, variances: Sequence[Array], of_rest: Callable[[Array], Array]) -> Array:
+        """A draw with the given variances (I, O) in each basis."""
         rest_key, *keys = jax.random.split(key, len(self.blocks) + 1)
         matrices = [
-            b.back(spread(b.values) * jax.random.normal(k, b.values.shape, b.values.dtype))
-            for b, k in zip(self.blocks, keys, strict=True)
+            b.back(jnp.sqrt(v) * jax.random.normal(k, v.shape, v.dtype))
+            for b, v, k in zip(self.blocks, variances, keys, strict=True)
         ]
         return self.places.join(matrices, of_rest(rest_key))
 
@@ -215,12 +227,10 @@ class KroneckerEigen:
 
     def sample_conditional(self, moments: Moments, key: Array) -> Array:
         """Variances ``q / (a^2 + q S)`` in the basis."""
-        rest_key, *keys = jax.random.split(key, len(self.blocks) + 1)
-        matrices = []
-        for b, (a, q), k in zip(self.blocks, self.steps(moments), keys, strict=True):
-            spread = jnp.sqrt(q / (jnp.square(a) + q * b.values))
-            matrices.append(b.back(spread * jax.random.normal(k, b.values.shape, b.values.dtype)))
-        return self.places.join(matrices, self.rest.sample_conditional(self._rest_moments(moments), rest_key))
+        steps = zip(self.blocks, self.steps(moments), strict=True)
+        variances = [q / (jnp.square(a) + q * b.values) for b, (a, q) in steps]
+        rest_moments = self._rest_moments(moments)
+        return self._noise(key, variances, lambda key: self.rest.sample_conditional(rest_moments, key))
 
     def conditional_log_density(self, moments: Moments, residual: Array) -> Array:
         """Sum over the layers with noise."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
+from ssm_nn.whitening import Whitening
 
 __all__ = ["Compressed", "DiagonalPlusLowRank", "compress"]
 
@@ -75,6 +76,23 @@ class DiagonalPlusLowRank(NamedTuple):
         """``quadratic`` with U stored by columns: a product with U^T reads it ten times faster on a CPU."""
         columns = jax.lax.optimization_barrier(self.factor.T)  # keeps XLA from undoing the transpose
         return lambda x: jnp.sum(self.diagonal * jnp.square(x)) + jnp.sum(jnp.square(columns @ x))
+
+    def whitening(self) -> Whitening:
+        """``(I + Q (sqrt(1 + s^2) - 1) Q^T) sqrt(D)``, Q and s of the singular value decomposition of ``U / sqrt(D)``."""
+        root = jnp.sqrt(self.diagonal)
+        smallest = jnp.min(self.diagonal, initial=jnp.inf)
+        if not self.factor.size:
+            return Whitening(lambda x: root * x, lambda z: z / root, smallest)
+        basis, triangle = jnp.linalg.qr(self.factor / root[:, None])
+        left, singular, _ = jnp.linalg.svd(triangle, full_matrices=False)
+        # by rows, as for the quadratic form
+        directions = jax.lax.optimization_barrier((basis @ left).T)
+        stretch = jnp.sqrt(1 + jnp.square(singular))
+
+        def along(x: Array, change: Array) -> Array:
+            return x + (change * (directions @ x)) @ directions
+
+        return Whitening(lambda x: along(root * x, stretch - 1), lambda z: along(z, 1 / stretch - 1) / root, smallest)
 
     def sample(self, key: Array) -> Array:
         """``Lambda^-1 (sqrt(D) e1 + U e2)``."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Task", "Tasks", "stack_tasks"]
+__all__ = ["Task", "Tasks", "as_task", "each_task", "listed_tasks", "stack_tasks"]
 
 
 class _Arrays(Mapping[str, Any]):
@@ -126,6 +126,34 @@ def as_task(task: Task | Mapping[str, Any] | None) -> Task:
     if isinstance(task, Mapping):
         return Task(task)
     raise ValueError(f"a task is a Task, a mapping of arrays or None, not {type(task).__name__}")
+
+
+def each_task(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> Iterator[Task]:
+    """The tasks of a stack, a list or any iterator, one at a time.
+
+    Raises:
+        ValueError: for one task in the place of several, or none at all.
+    """
+    if isinstance(tasks, Mapping) and not isinstance(tasks, Tasks):
+        raise ValueError("tasks is a mapping; a stack made by stack_tasks, a list or an iterator of tasks is accepted")
+    empty = True
+    for task in (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else tasks:
+        empty = False
+        yield as_task(task)
+    if empty:
+        raise ValueError("tasks is empty; at least one task is needed")
+
+
+def listed_tasks(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], at_least: int = 1) -> list[Task]:
+    """Tasks that are to be read many times.
+
+    Raises:
+        ValueError: for fewer than ``at_least``.
+    """
+    listed = list(each_task(tasks))
+    if len(listed) < at_least:
+        raise ValueError(f"tasks has {len(listed)} tasks; at least {at_least} are needed")
+    return listed
 
 
 @overload

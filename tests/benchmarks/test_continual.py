@@ -17,7 +17,7 @@ import continual
 import continual_cells
 import continual_settings
 from continual_bench import Bench
-from continual_methods import method_of
+from continual_methods import Choice, method_of
 from continual_scenarios import SCENARIOS, TASK_CLASSES, Scenario, validation_data
 from continual_settings import Budget
 
@@ -150,9 +150,9 @@ def test_other_settings_make_other_cells(finished, monkeypatch, tmp_path):
     out, _ = finished
     method = method_of("ewc")
     store = continual_cells.Store(out / "cells")
-    settings = continual_cells.settings_of(DIGITS, method, 0, TINY, 10.0)
-    monkeypatch.setattr(continual_settings, "LEARNING_RATE", 1e-4)
-    assert store.path(continual_cells.settings_of(DIGITS, method, 0, TINY, 10.0)) != store.path(settings)
+    settings = continual_cells.settings_of(DIGITS, method, 0, TINY, Choice(10.0, 1e-2))
+    monkeypatch.setattr(continual_settings, "PRIOR_SCALE", 1e-4)
+    assert store.path(continual_cells.settings_of(DIGITS, method, 0, TINY, Choice(10.0, 1e-2))) != store.path(settings)
 
 
 def test_strengths_are_tuned_on_no_test_example():

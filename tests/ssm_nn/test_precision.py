@@ -94,6 +94,19 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @each
+def test_the_whitening_is_a_square_root_of_the_precision(structure):
+    case = make_case(structure)
+    whitening = case.precision.whitening()
+    root = np.asarray(jax.vmap(whitening.whiten, out_axes=1)(jnp.eye(P)))
+    assert_close(root.T @ root, case.dense)
+    assert_close(jax.vmap(whitening.colour, in_axes=1, out_axes=1)(jnp.array(root)), np.eye(P))
+    least = np.linalg.eigvalsh(case.dense)[0]
+    assert 0 < whitening.smallest <= least * (1 + 1e-12)
+    if structure in ("dense", "diagonal", "rank 0"):
+        assert_close(whitening.smallest, least)
+
+
+@each
 def test_read_outs_equal_dense_algebra(structure):
     case = make_case(structure)
 

@@ -135,6 +135,14 @@ def test_read_outs_equal_dense_algebra():
         assert_close(found[name], value)
 
 
+def test_the_whitening_is_a_square_root_of_the_precision():
+    whitening = CASE.precision.whitening()
+    root = np.asarray(jax.vmap(whitening.whiten, out_axes=1)(jnp.eye(P)))
+    assert_close(root.T @ root, CASE.dense)
+    assert_close(jax.vmap(whitening.colour, in_axes=1, out_axes=1)(jnp.array(root)), np.eye(P))
+    assert 0 < whitening.smallest <= np.linalg.eigvalsh(CASE.dense)[0] * (1 + 1e-12)
+
+
 def test_a_prior_is_held_exactly():
     values = np.random.default_rng(4).uniform(0.5, 2, P)
     made = KroneckerEigen.diagonal(jnp.array(values), PLACES, 3)

@@ -1,0 +1,103 @@
+"""The coordinates in which mini-batches move the weights, and what the prior is there.
+
+    round     z = R d / s,    Lambda' = R^T R,  s^2 its least eigenvalue          prior 1/2 s^2 |z|^2, its gradient elementwise
+    by leaf   d itself, the optimiser's changes multiplied by  sqrt(min_j D_j / D_i),  D the diagonal of Lambda'
+
+In both, weights known well move as little as their standard deviation says, and one that is known least moves by the learning
+rate; minima stay where they are. Round coordinates cost two products with R a step; by leaf, the prior's gradient ``Lambda' d``
+serves several steps, each with the shift since by the diagonal: cheaper, but a rougher path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ssm_nn.extraction import Layout
+
+__all__ = ["ByLeaf", "Round", "SearchCoordinates"]
+
+Array = Any
+
+
+class SearchCoordinates(Protocol):
+    """Positions are pytrees."""
+
+    def enter(self, shift: Array) -> Any:
+        """The position of a shift d (P,)."""
+        ...
+
+    def leave(self, position: Any) -> Array:
+        """Back to d (P,)."""
+        ...
+
+    def arrays(self, position: Any) -> Any:
+        """d by leaf."""
+        ...
+
+    def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
+        """``1/2 d^T Lambda' d`` at ``origin``, and the gradient at positions near it."""
+        ...
+
+    def scaled(self, change: Any) -> Any:
+        """The optimiser's change as it is applied."""
+        ...
+
+
+class Round:
+    """By the root of the precision."""
+
+    def __init__(self, layout: Layout, precision: Any):
+        self.layout, self.whitening = layout, precision.whitening()
+        self.unit = jnp.sqrt(self.whitening.smallest)
+
+    def enter(self, shift: Array) -> Array:
+        return self.whitening.whiten(shift) / self.unit
+
+    def leave(self, position: Array) -> Array:
+        return self.whitening.colour(self.unit * position)
+
+    def arrays(self, position: Array) -> Any:
+        return self.layout.arrays(self.leave(position))
+
+    def prior(self, origin: Array) -> tuple[Array, Callable[[Array], Array]]:
+        square = jnp.square(self.unit)
+        return 0.5 * square * jnp.sum(jnp.square(origin)), lambda position: square * position
+
+    def scaled(self, change: Array) -> Array:
+        return change
+
+
+class ByLeaf:
+    """Without packing the weights in each step."""
+
+    def __init__(self, layout: Layout, precision: Any):
+        self.layout = layout
+        self.square = precision.quadratic_form()
+        diagonal = precision.precision_diagonal()
+        self.diagonal = layout.arrays(diagonal)
+        self.speed = layout.arrays(jnp.sqrt(jnp.min(diagonal) / diagonal))
+
+    def enter(self, shift: Array) -> Any:
+        return self.layout.arrays(shift)
+
+    def leave(self, position: Any) -> Array:
+        return self.layout.packed(position)
+
+    def arrays(self, position: Any) -> Any:
+        return position
+
+    def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
+        half_square, pull = jax.value_and_grad(lambda d: 0.5 * self.square(d))(self.leave(origin))
+        pull = self.layout.arrays(pull)
+
+        def gradient(position: Any) -> Any:
+            return jax.tree.map(lambda p, c, d, o: p + c * (d - o), pull, self.diagonal, position, origin)
+
+        return half_square, gradient
+
+    def scaled(self, change: Any) -> Any:
+        return jax.tree.map(jnp.multiply, change, self.speed)
