@@ -30,7 +30,7 @@ from rich.table import Table
 
 OUT = Path(__file__).parent / "results" / "continual"
 QUICK_SCENARIOS = ("permuted-mnist-10", "split-mnist", "rotated-mnist-drift-50", "known-permutation-mnist")
-PERCENT = ("average", "learnt", "forgetting", "before", "smoothed")
+PERCENT = ("average", "learnt", "forgetting", "before", "smoothed", "missing_gap")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -88,6 +88,7 @@ def settings_of(scenario: Scenario, method: Method, seed: int, budget: Budget, c
         "validation_tasks": scenario.validation_tasks,
         "method": method.name,
         "seed": seed,
+        **({"middle_missing": True} if scenario.middle_missing else {}),
         **chosen,
         "common": common(budget),
     }

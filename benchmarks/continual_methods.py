@@ -16,6 +16,7 @@ from ssm_nn.inference.baselines import FineTuning, JointTraining
 from ssm_nn.inference.elastic_weights import OnlineEWC
 from ssm_nn.inference.expectation_maximisation import learn_kernel
 from ssm_nn.inference.replay import Replay
+from ssm_nn.inference.structured_laplace import StructuredLaplace
 from ssm_nn.inference.synaptic_intelligence import SynapticIntelligence
 from ssm_nn.inference.variational_continual import VariationalContinual
 
@@ -139,6 +140,13 @@ _BASELINES = {
             "ewc",
             lambda bench, strength: OnlineEWC(bench.trainer, strength),
             (10.0, 100.0, 1.0, 1000.0),
+            "strength",
+            LEARNING_RATES,
+        ),
+        Method(
+            "structured-laplace",
+            lambda bench, strength: StructuredLaplace(bench.engine(Kronecker(), world=STATIC_WORLD), strength),
+            (1.0, 3.0, 10.0),
             "strength",
             LEARNING_RATES,
         ),

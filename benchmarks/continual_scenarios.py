@@ -12,10 +12,19 @@ from continual_settings import Budget
 
 from ssm_nn import Task
 from ssm_nn.models.datasets import Dataset
-from ssm_nn.models.streams import LazyTasks, TaskStream, brightened, orthogonal_rotation, permuted, rotated, split
+from ssm_nn.models.streams import (
+    LazyTasks,
+    TaskStream,
+    brightened,
+    orthogonal_rotation,
+    permuted,
+    rotated,
+    split,
+    without,
+)
 
 STATIC_WORLD, KNOWN_PERMUTATION, KNOWN_ROTATION, TASK_CLASSES = "static", "permutation", "rotation", "classes"
-BASELINES = ("fine-tuning", "joint", "ewc", "si", "vcl", "replay-200")
+BASELINES = ("fine-tuning", "joint", "ewc", "structured-laplace", "si", "vcl", "replay-200")
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Scenario:
         world: how the program is told of the task: not at all, by its step, or by the classes that it has.
         network: ``"mlp"`` or ``"cnn"``.
         smoothed: judge the belief of each task given all tasks, too.
+        middle_missing: the task in the middle comes without data.
         validation_tasks: of the stream on which strengths are tuned; None takes the budget's number.
         draws: of the weights for a prediction, through the linearised network; 0 predicts at the mean.
     """
@@ -45,6 +55,7 @@ class Scenario:
     world: str = STATIC_WORLD
     network: str = "mlp"
     smoothed: bool = False
+    middle_missing: bool = False
     validation_tasks: int | None = None
     draws: int = 0
 
@@ -72,7 +83,8 @@ class Scenario:
             test_size=_least(self.test_examples, budget.test_examples),
             seed=seed,
         )
-        return _told(made, self.world)
+        told = _told(made, self.world)
+        return without(told, [len(told) // 2]) if self.middle_missing else told
 
     def for_validation(self, budget: Budget) -> tuple[Scenario, Budget]:
         """The same on fewer tasks and examples."""
@@ -156,6 +168,15 @@ def _of(dataset: str) -> list[Scenario]:
             methods=(*drift, "kronecker-learnt"),
             smoothed=True,
             draws=50,
+        ),
+        Scenario(
+            f"rotated-{dataset}-missing",
+            dataset,
+            turned,
+            9,
+            methods=("fine-tuning", *(f"kronecker-q{q}" for q in ("1e-5", "1e-4", "1e-3"))),
+            smoothed=True,
+            middle_missing=True,
         ),
         Scenario(f"known-permutation-{dataset}", dataset, permuted, 10, methods=known, world=KNOWN_PERMUTATION),
         Scenario(f"known-rotation-{dataset}", dataset, turned, 10, methods=known, world=KNOWN_ROTATION),

@@ -22,6 +22,7 @@ MEASURES = {
     "forgetting": "loss of accuracy since a task's best",
     "before": "accuracy on each task before its data, the first left out",
     "smoothed": "accuracy on each task given all tasks",
+    "missing_gap": "smoothed accuracy on the task without data less its neighbours' mean",
     "learnt_nll": "NLL on each task right after it, nats an example",
     "smoothed_nll": "NLL on each task given all tasks",
     "smoothing_gains": "tasks but the last whose NLL smoothing lowers",
@@ -62,6 +63,7 @@ def measures_of(cell: dict[str, Any]) -> dict[str, float]:
         "forgetting": forgetting(matrix_of(after, last)) if whole else math.nan,
         "before": _mean(accuracy[BEFORE].values()),
         "smoothed": _mean(accuracy[SMOOTHED].values()),
+        "missing_gap": _missing_gap(accuracy[SMOOTHED], last) if "middle_missing" in cell["settings"] else math.nan,
         "learnt_nll": _mean(nll[AFTER][t, t] for t in learnt if trained_each),
         "smoothed_nll": _mean(nll[SMOOTHED].values()),
         "smoothing_gains": float(sum(nll[SMOOTHED][last, t] < nll[AFTER][t, t] for t in earlier))
@@ -71,6 +73,14 @@ def measures_of(cell: dict[str, Any]) -> dict[str, float]:
         "seconds": float(np.median([row["seconds"] for row in cell["tasks"]])),
         "numbers": float(cell["tasks"][-1]["numbers"]),
     }
+
+
+def _missing_gap(smoothed: dict[tuple[int, int], float], last: int) -> float:
+    """Smoothed accuracy on the task in the middle, which had no data, less its neighbours' mean."""
+    middle = (last + 1) // 2
+    if (last, middle) not in smoothed:
+        return math.nan
+    return smoothed[last, middle] - (smoothed[last, middle - 1] + smoothed[last, middle + 1]) / 2
 
 
 def matrix_of(after: dict[tuple[int, int], float], last: int) -> np.ndarray:

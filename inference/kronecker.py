@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,10 +25,11 @@ import numpy as np
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows, single
 from ssm_nn.inference.checks import check_count, check_finite
-from ssm_nn.inference.curvature import Information, factor_columns, sampled_gradient
+from ssm_nn.inference.curvature import Information, sampled_gradient
+from ssm_nn.inference.layer_passes import LayerPasses, layers_of
 from ssm_nn.inference.structures import Cut, LowRank
 from ssm_nn.layer_places import LayerPlace, Places
-from ssm_nn.layers import Layer, find_layers, run_layers
+from ssm_nn.layers import Layer
 from ssm_nn.moments import Moments
 from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen, common_basis
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
@@ -39,8 +39,6 @@ __all__ = ["Kronecker", "KroneckerCurvature"]
 
 Array = Any
 
-# numbers of one chunk of inputs, gradients and their products (64 MiB in float32), and its examples at most
-_CHUNK_NUMBERS, _CHUNK_EXAMPLES = 2**24, 1024
 _ROUGH_EXAMPLES = 2000  # for the belief from which weights are drawn
 _REST_EXAMPLES = 20  # behind one random column of the weights outside the layers
 
@@ -137,7 +135,7 @@ def find_places(space: StateSpace, task: Task) -> Places:
         bias = None if layer.bias is None else starts[layer.bias].start
         return LayerPlace(site.name, site.start, site.shape, layer.input_axes, layer.output_axis, bias)
 
-    layers = _layers(space, task, space.layout.arrays(space.prior_mean))
+    layers = layers_of(space, task, space.layout.arrays(space.prior_mean))
     places = Places(tuple(place(layer) for layer in layers), space.layout.size)
     outside = [s.name for s in space.layout.sites if any(start <= s.start < stop for start, stop in places.rest)]
     if outside:
@@ -146,13 +144,6 @@ def find_places(space: StateSpace, task: Task) -> Places:
             stacklevel=2,
         )
     return places
-
-
-def _layers(space: StateSpace, task: Task, arrays: Any) -> tuple[Layer, ...]:
-    # shapes alone are read: a task may have no example yet
-    blank = jax.tree.map(lambda a: jnp.zeros(jnp.shape(a)[1:], jnp.result_type(a)), task.data)
-    first = single(task, blank, jnp.asarray(True))
-    return find_layers(lambda arrays: space.outputs_at(arrays, first), arrays)
 
 
 @dataclass(frozen=True)
@@ -193,7 +184,7 @@ class KroneckerCurvature:
         counted = jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
         scale = power * jnp.sum(task.mask) / counted
         draw = self._draws(space, structure, theta, task, predicted, power, rough_key) if self.spread else None
-        passes = _LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)
+        passes = LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)
         sides = passes.sides()
         blocks = []
         for block, (inputs, outputs), layer in zip(predicted.blocks, sides, passes.layers, strict=True):
@@ -270,98 +261,3 @@ class KroneckerCurvature:
 
 def _scaled(site: DiagonalPlusLowRank, scale: Array) -> DiagonalPlusLowRank:
     return DiagonalPlusLowRank(site.diagonal * scale, site.factor * jnp.sqrt(scale))
-
-
-class _LayerPasses:
-    """Scans over the examples' layer inputs and output gradients, at fixed weights."""
-
-    def __init__(
-        self,
-        space: StateSpace,
-        theta: Array,
-        task: Task,
-        chosen: Array,
-        key: Array,
-        exact_columns: int,
-        draw: Callable[[Array], Array] | None = None,
-    ):
-        self.space, self.theta, self.task, self.draw = space, theta, task, draw
-        self.layers = _layers(space, task, space.layout.arrays(theta))
-        width = factor_columns(space, task)
-        self.all_columns = chosen.shape[0] * width <= exact_columns
-        used = width if self.all_columns else 1
-        numbers = (
-            max(
-                layer.positions * (layer.num_inputs + used * layer.num_outputs)
-                + (used * layer.num_inputs * layer.num_outputs if layer.positions > 1 else 0)
-                for layer in self.layers
-            )
-            if self.layers
-            else 1
-        )
-        size = int(np.clip(_CHUNK_NUMBERS // numbers, 1, min(_CHUNK_EXAMPLES, chosen.shape[0])))
-        self.chunks = index_batches(chosen, size, task.num_examples)
-        self.keys = jax.random.split(key, self.chunks.shape)
-
-    def sides(self) -> list[tuple[Array, Array]]:
-        """A (I, I) and G (O, O) of each layer, summed over examples and positions."""
-
-        def of_layer(inputs: Array, gradients: Array) -> tuple[Array, Array]:
-            flat = gradients.reshape(-1, gradients.shape[-1])
-            return _gram(inputs.reshape(-1, inputs.shape[-1])), _gram(flat)
-
-        return self._summed(lambda layers: [of_layer(*layer) for layer in layers])
-
-    def squares(self, blocks: list[EigenBlock]) -> list[Array]:
-        """Sum over examples of the squared gradients (I, O) in the given bases."""
-
-        def of_layer(block: EigenBlock, inputs: Array, gradients: Array) -> Array:
-            a, g = inputs @ block.inputs, gradients @ block.outputs  # (n, p, I), (n, c, p, O)
-            if a.shape[1] == 1:
-                return jnp.square(a[:, 0]).T @ jnp.sum(jnp.square(g[:, :, 0]), axis=1)
-            return jnp.sum(jnp.square(jnp.einsum("npi,ncpo->ncio", a, g)), axis=(0, 1))
-
-        return self._summed(lambda layers: [of_layer(b, *layer) for b, layer in zip(blocks, layers, strict=True)])
-
-    def _summed(self, of_chunk: Callable[[list[tuple[Array, Array]]], Any]) -> Any:
-        def chunk(indices, keys):
-            batch = rows(self.task, indices)
-            theta = self.theta if self.draw is None else self.draw(jax.random.fold_in(keys[0], 0))
-            return of_chunk(jax.vmap(partial(self._of_example, theta))(batch.data, batch.mask, keys))
-
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, self.chunks[0], self.keys[0]))
-
-        def step(sums, inputs):
-            return jax.tree.map(jnp.add, sums, chunk(*inputs)), None
-
-        return jax.lax.scan(step, zeros, (self.chunks, self.keys))[0]
-
-    def _of_example(self, theta: Array, data: Any, mask: Array, key: Array) -> list[tuple[Array, Array]]:
-        """For each layer its inputs (p, I) with a 1 for the bias, and gradients (c, p, O) for each column of the factor."""
-        example = single(self.task, data, mask)
-
-        def perturbed(perturbations):
-            arrays = self.space.layout.arrays(theta)
-            return run_layers(lambda arrays: self.space.outputs_at(arrays, example), arrays, perturbations)
-
-        nothing = [jnp.zeros((layer.positions, layer.num_outputs), theta.dtype) for layer in self.layers]
-        outputs, pull, inputs = jax.vjp(perturbed, nothing, has_aux=True)
-        factor = self.space.output_factor(theta, example).astype(outputs.dtype)
-        if not self.all_columns:
-            factor = factor @ jax.random.rademacher(key, (factor.shape[1], 1), factor.dtype)
-        gradients = jax.vmap(lambda cotangent: pull(cotangent)[0], in_axes=1)(factor)
-        return [
-            (_with_one(layer, jnp.where(mask, a, 0.0), mask), g)
-            for layer, a, g in zip(self.layers, inputs, gradients, strict=True)
-        ]
-
-
-def _with_one(layer: Layer, inputs: Array, mask: Array) -> Array:
-    if layer.bias is None:
-        return inputs
-    ones = jnp.broadcast_to(jnp.asarray(mask, inputs.dtype), (inputs.shape[0], 1))
-    return jnp.concatenate([inputs, ones], axis=1)
-
-
-def _gram(wide: Array) -> Array:
-    return wide.T @ wide
