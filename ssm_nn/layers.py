@@ -29,6 +29,7 @@ __all__ = ["Layer", "Traced", "find_layers", "run_layers"]
 Array = Any
 Arrays = Mapping[str, Mapping[str, Any]]
 Name = tuple[str, str]  # network, path
+Perturbations = Sequence[Array] | Callable[[int, Array], Array | None]
 
 
 class Layer(NamedTuple):
@@ -76,7 +77,7 @@ class _Output(NamedTuple):
 class _Tracer:
     """What a walk through the network finds, and the perturbations that it adds to the layers' outputs."""
 
-    perturbations: Sequence[Array] | None
+    perturbations: Perturbations | None
     layers: list[Layer] = field(default_factory=list)
     inputs: list[Array] = field(default_factory=list)
     uses: dict[Name, list[str]] = field(default_factory=dict)
@@ -115,11 +116,12 @@ def _settled(layer: Layer, reads: int, tracer: _Tracer, arrays: Arrays) -> Layer
 
 
 def run_layers(
-    outputs: Callable[[Arrays], Array], arrays: Arrays, perturbations: Sequence[Array]
+    outputs: Callable[[Arrays], Array], arrays: Arrays, perturbations: Perturbations
 ) -> tuple[Array, tuple[Array, ...]]:
     """Outputs (K,), with ``perturbations`` (positions, O) added to the layers' outputs, and the layers' inputs.
 
-    The gradient in a perturbation is g of its layer.
+    The gradient in a perturbation is g of its layer. A function in their place is called with a layer's number and its
+    inputs (positions, I), as they are under the perturbations before it; None adds nothing.
     """
     traced = _walk_all(outputs, arrays, _Tracer(perturbations))
     return traced.outputs, traced.inputs
@@ -323,7 +325,9 @@ def _perturbed(result: Array, place: int, layer: Layer, rows: Array, tracer: _Tr
     tracer.layers.append(layer)
     tracer.inputs.append(rows)
     tracer.reads.append(0)
-    if tracer.perturbations is None:
+    made = tracer.perturbations
+    added = made(output.layer, rows) if callable(made) else made[output.layer] if made is not None else None
+    if added is None:
         return result, output
     last = jnp.moveaxis(result, place, -1)
-    return jnp.moveaxis(last + tracer.perturbations[output.layer].reshape(last.shape), -1, place), output
+    return jnp.moveaxis(last + added.reshape(last.shape), -1, place), output
