@@ -79,9 +79,9 @@ class Gathered:
         self.space, self.dense_predicted = space, Dense().prior(variance)
 
     @cache  # noqa: B019  (cases live as long as the tests)
-    def gather(self, examples):
+    def gather(self, examples, spread):
         """Compiled: information for each of many keys."""
-        curvature = KroneckerCurvature(examples)
+        curvature = KroneckerCurvature(examples, spread)
 
         @jax.jit
         def gather(predicted, theta, power, keys):
@@ -92,9 +92,9 @@ class Gathered:
 
         return gather
 
-    def kronecker(self, examples, keys, power=1.0):
+    def kronecker(self, examples, keys, power=1.0, spread=0.0):
         """Information, a leading axis of keys."""
-        return self.gather(examples)(self.predicted, self.theta, power, keys)
+        return self.gather(examples, spread)(self.predicted, self.theta, power, keys)
 
     def dense(self, power=1.0):
         made = ExactCurvature().gather(
@@ -148,6 +148,39 @@ def test_random_columns_are_unbiased(name, examples):
     for drawn, exact in zip(found, expected, strict=True):
         error = drawn.std(axis=0) / np.sqrt(number)
         assert np.all(np.abs(drawn.mean(axis=0) - np.asarray(exact)) <= 5 * error + 1e-12)
+
+
+def test_a_spread_of_almost_nothing_is_the_mode():
+    near, at = (case_of("dense").kronecker(1000, keys(1), spread=spread).site for spread in (1e-9, 0.0))
+    one, two = (jax.tree.map(lambda a: a[0], site).to_dense() for site in (near, at))
+    assert_close(one, two, 1e-6)
+
+
+def test_a_spread_averages_the_curvature_over_draws_from_the_belief():
+    """Traces of the blocks against dense curvatures at draws made here; five standard errors of the difference."""
+    case, number, spread = case_of("dense"), 500, 1.5
+    site = jax.tree.map(lambda a: a[0], case.kronecker(1000, keys(1)).site)
+    covariance = np.linalg.inv(case.predicted.absorb(site).to_dense())
+    normal = np.random.default_rng(3).normal(size=(number, len(case.theta)))
+    draws = case.theta + spread * normal @ np.linalg.cholesky(covariance).T
+
+    @jax.jit
+    def dense_at(theta):
+        made = ExactCurvature().gather(
+            case.space, Dense(), theta, case.task, case.dense_predicted, jnp.asarray(1.0), jax.random.key(0)
+        )
+        return made.site.matrix
+
+    def traces(matrix):
+        return [np.trace(block) for block in case.blocks(np.asarray(matrix))]
+
+    expected = np.array([traces(matrix) for matrix in jax.lax.map(dense_at, draws)])
+    spread_out = case.kronecker(1000, keys(number), spread=spread).site
+    found = np.stack([np.asarray(jnp.sum(block.values, axis=(1, 2))) for block in spread_out.blocks], axis=1)
+    error = np.sqrt((found.var(axis=0) + expected.var(axis=0)) / number)
+    assert np.all(np.abs(found.mean(axis=0) - expected.mean(axis=0)) <= 5 * error)
+    mode = traces(dense_at(case.theta))
+    assert np.any(np.abs(mode - expected.mean(axis=0)) > 7 * error), "the mode's curvature is another"
 
 
 def padded(plain):
