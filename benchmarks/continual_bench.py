@@ -108,6 +108,11 @@ class Bench:
         assert classes is not None  # every scenario is a classification
         return Shape(self.stream.input_shape, hidden, classes, self.seed)
 
+    @property
+    def untold_world(self) -> str:
+        """The scenario's world without the step into the task."""
+        return self.scenario.world if self.scenario.whole_matrix else STATIC_WORLD
+
     def engine(
         self, structure: Any, power: float = 1.0, world: str | None = None, spread: float = 0.0
     ) -> LaplaceFilter:
@@ -126,15 +131,15 @@ class Bench:
 
     def joint_trainer(self, num_examples: int) -> LaplaceFilter:
         """``trainer`` with the optimiser's schedule for so many examples together."""
-        return self._engine(Diagonal(), self.minibatch_for(num_examples), self.scenario.world)
+        return self._engine(Diagonal(), self.minibatch_for(num_examples), self.untold_world)
 
     def _engine(self, structure: Any, estimator: Any, world: str, spread: float = 0.0) -> LaplaceFilter:
         return engine_of(world, self.shape, structure, estimator, spread)
 
     @cached_property
     def trainer(self) -> LaplaceFilter:
-        """The engine whose program, prior and estimator the baselines take."""
-        return self.engine(Diagonal())
+        """The engine whose program, prior and estimator the baselines take; they read no kernel."""
+        return self.engine(Diagonal(), world=self.untold_world)
 
     def judge(self, belief: Belief, task: Task) -> tuple[float, float]:
         """Accuracy and NLL (nats an example) on a test task."""

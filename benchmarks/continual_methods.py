@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 from continual_bench import Bench
-from continual_scenarios import STATIC_WORLD
 from continual_settings import LEARNING_RATES, REPLAYED, Budget
 
 from ssm_nn.inference import Belief, Kronecker, LaplaceFilter, LowRank
@@ -102,14 +101,12 @@ def kept_numbers(state: Any) -> int:
 
 
 def _kronecker_static(bench: Bench, power: float) -> LaplaceFilter:
-    world = bench.scenario.world if bench.scenario.whole_matrix else STATIC_WORLD
-    return bench.engine(Kronecker(), power, world)
+    return bench.engine(Kronecker(), power, bench.untold_world)
 
 
 def _kronecker_spread(bench: Bench, spread: float) -> LaplaceFilter:
     """Curvature averaged over draws from the belief, instead of the likelihood's power."""
-    world = bench.scenario.world if bench.scenario.whole_matrix else STATIC_WORLD
-    return bench.engine(Kronecker(), 1.0, world, spread)
+    return bench.engine(Kronecker(), 1.0, bench.untold_world, spread)
 
 
 def _kronecker_walk(bench: Bench, noise: float) -> LaplaceFilter:
@@ -145,7 +142,7 @@ _BASELINES = {
         ),
         Method(
             "structured-laplace",
-            lambda bench, strength: StructuredLaplace(bench.engine(Kronecker(), world=STATIC_WORLD), strength),
+            lambda bench, strength: StructuredLaplace(bench.engine(Kronecker(), world=bench.untold_world), strength),
             (1.0, 3.0, 10.0),
             "strength",
             LEARNING_RATES,

@@ -43,7 +43,7 @@ class Budget:
     ranks: tuple[int, ...] = (10, 20, 50, 100, 200)
     strengths: int | None = None
     validation_tasks: int = 3
-    validation_examples: int = 10_000
+    validation_examples: int = 30_000
     held_out: int = 5_000
     small_epochs: int = 300
 
