@@ -7,8 +7,8 @@ with A_s the mean of ``a a^T`` over a task's examples and G_s the sum of ``g g^T
 its outputs. The product of the sums counts every task's inputs with every other task's gradients: exact for one task of a
 model linear in its weights with Gaussian noise, and for tasks with equal inputs. The filter with ``Kronecker`` adds up the
 information instead. Weights outside the layers keep the diagonal of their Fisher information, as in elastic weight
-consolidation. Source: Ritter, Botev and Barber 2018 (arXiv 1805.07810); the share 1 / t is ours, so that strength 1 counts every
-task once.
+consolidation. Source: Ritter, Botev and Barber 2018 (arXiv 1805.07810); the share 1 / t is ours, so that strength 1 counts
+every task once.
 """
 
 from __future__ import annotations

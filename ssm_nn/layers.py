@@ -24,7 +24,7 @@ from jax.extend.core import (
     Literal,
 )
 
-__all__ = ["Layer", "Traced", "find_layers", "run_layers"]
+__all__ = ["Layer", "Traced", "View", "bound", "find_layers", "moved_view", "run_layers"]
 
 Array = Any
 Arrays = Mapping[str, Mapping[str, Any]]
@@ -58,7 +58,7 @@ class Traced(NamedTuple):
     inputs: tuple[Array, ...]
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """A leaf of ``size`` numbers, rearranged: axis i of the value is axis ``axes[i]`` of the leaf, -1 one that it has not."""
 
     name: Name
@@ -83,7 +83,7 @@ class _Tracer:
     uses: dict[Name, list[str]] = field(default_factory=dict)
     reads: list[int] = field(default_factory=list)  # of each layer's output, before a bias is added or by the bias
 
-    def use(self, view: _View, primitive: str) -> None:
+    def use(self, view: View, primitive: str) -> None:
         self.uses.setdefault(view.name, []).append(primitive)
 
 
@@ -137,14 +137,14 @@ def _walk_all(outputs: Callable[[Arrays], Array], arrays: Arrays, tracer: _Trace
         return outputs(nested)
 
     closed = jax.make_jaxpr(flat)(list(named.values()))
-    tags = [_View(name, tuple(range(jnp.ndim(leaf))), int(np.size(leaf))) for name, leaf in named.items()]
+    tags = [View(name, tuple(range(jnp.ndim(leaf))), int(np.size(leaf))) for name, leaf in named.items()]
     ((result,), (tag,)) = _walk(closed, list(named.values()), tags, tracer)
     _read(tag, "output", tracer)
     return Traced(result, tuple(tracer.inputs))
 
 
 def _walk(closed: ClosedJaxpr, values: list[Array], tags: list[Any], tracer: _Tracer) -> tuple[list[Array], list[Any]]:
-    """Evaluate a program, following the leaves; a tag is a _View, an _Output, or None."""
+    """Evaluate a program, following the leaves; a tag is a View, an _Output, or None."""
     jaxpr = closed.jaxpr
     env: dict[Any, tuple[Array, Any]] = {}
     for variable, const in zip(jaxpr.constvars, closed.consts, strict=True):
@@ -165,7 +165,7 @@ def _walk(closed: ClosedJaxpr, values: list[Array], tags: list[Any], tracer: _Tr
 
 
 def _read(tag: Any, how: str, tracer: _Tracer) -> None:
-    if isinstance(tag, _View):
+    if isinstance(tag, View):
         tracer.use(tag, how)
     elif isinstance(tag, _Output):
         tracer.reads[tag.layer] += 1
@@ -173,15 +173,15 @@ def _read(tag: Any, how: str, tracer: _Tracer) -> None:
 
 def _evaluate(equation: Any, values: list[Array], tags: list[Any], tracer: _Tracer) -> list[tuple[Array, Any]]:
     name, params = equation.primitive.name, equation.params
-    views = [tag if isinstance(tag, _View) else None for tag in tags]
+    views = [tag if isinstance(tag, View) else None for tag in tags]
     if all(tag is None for tag in tags):
-        return [(value, None) for value in _bound(equation, values)]
+        return [(value, None) for value in bound(equation, values)]
     inner = params.get("jaxpr") if name in ("jit", "pjit", "closed_call") else None
     if inner is not None and isinstance(inner, ClosedJaxpr):
         return list(zip(*_walk(inner, values, tags, tracer), strict=True)) if inner.jaxpr.outvars else []
-    moved = _moved(name, params, tags[0], equation)
+    moved = moved_view(name, params, tags[0], equation)
     if moved is not None:
-        return [(_bound(equation, values)[0], moved)]
+        return [(bound(equation, values)[0], moved)]
     for tag in tags:
         if isinstance(tag, _Output):
             _read(tag, name, tracer)
@@ -194,21 +194,22 @@ def _evaluate(equation: Any, values: list[Array], tags: list[Any], tracer: _Trac
             if isinstance(output, _Output) and view is not None and _is_bias(tracer.layers[output.layer], output, view):
                 tracer.use(view, "bias")
                 tracer.layers[output.layer] = tracer.layers[output.layer]._replace(bias=view.name)
-                return [(_bound(equation, values)[0], None)]
+                return [(bound(equation, values)[0], None)]
     for view in views:
         if view is not None:
             tracer.use(view, name)
-    return [(value, None) for value in _bound(equation, values)]
+    return [(value, None) for value in bound(equation, values)]
 
 
-def _bound(equation: Any, values: list[Array]) -> list[Array]:
+def bound(equation: Any, values: list[Array]) -> list[Array]:
+    """What an equation of a jaxpr gives for these inputs."""
     made = equation.primitive.get_bind_params(equation.params)
     subfuns, params = made if isinstance(made, tuple) else ((), made)  # a pair before JAX 0.12
     result = equation.primitive.bind(*subfuns, *values, **params)
     return list(result) if equation.primitive.multiple_results else [result]
 
 
-def _moved(name: str, params: Mapping[str, Any], tag: Any, equation: Any) -> Any:
+def moved_view(name: str, params: Mapping[str, Any], tag: Any, equation: Any) -> Any:
     """The tag of a value that is its input in another arrangement; None where it is not."""
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     if tag is None or name in ("convert_element_type", "copy", "copy_p"):
@@ -252,7 +253,7 @@ def _without_ones(shape: tuple[int, ...]) -> list[int]:
     return [n for n in shape if n != 1]
 
 
-def _is_bias(layer: Layer, output: _Output, view: _View) -> bool:
+def _is_bias(layer: Layer, output: _Output, view: View) -> bool:
     """Whether a leaf of one number an output is added along the outputs, and the layer has no bias yet."""
     fits = layer.bias is None and view.size == layer.num_outputs
     return fits and (view.size == 1 or view.axes[output.axis] >= 0)
@@ -265,7 +266,7 @@ def _product(equation: Any, values: list[Array], views: list[Any], tracer: _Trac
     weight_axes, data_axes = contract[side], contract[1 - side]
     free = [i for i in range(len(view.axes)) if i not in weight_axes]
     tracer.use(view, "dot_general")
-    result = _bound(equation, values)[0]
+    result = bound(equation, values)[0]
     if batch[0] or len(free) != 1 or -1 in view.axes:
         tracer.use(view, "batched product")  # a second use: no layer of ours
         return [(result, None)]
@@ -286,11 +287,11 @@ def _product(equation: Any, values: list[Array], views: list[Any], tracer: _Trac
     return [_perturbed(result, place, layer, rows, tracer)]
 
 
-def _convolution(equation: Any, values: list[Array], view: _View, tracer: _Tracer) -> list[tuple[Array, Any]]:
+def _convolution(equation: Any, values: list[Array], view: View, tracer: _Tracer) -> list[tuple[Array, Any]]:
     params, (data, _) = equation.params, values
     numbers = params["dimension_numbers"]
     tracer.use(view, "conv_general_dilated")
-    result = _bound(equation, values)[0]
+    result = bound(equation, values)[0]
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1 or -1 in view.axes:
         tracer.use(view, "grouped convolution")
         return [(result, None)]

@@ -1,1 +1,38 @@
 """Hessian-aware low-rank perturbation (HALRP): each task's weights are a cheap transformation of a base."""
+
+from ssm_nn.inference.perturbation.allocation import Evidence, ExactQuadratic, FixedRank, PaperShare
+from ssm_nn.inference.perturbation.baselines import ElasticHeads, FineTuned, HeadTraining, L2ToBase, Packed, SingleTask
+from ssm_nn.inference.perturbation.directions import PlainSVD, Whitened
+from ssm_nn.inference.perturbation.filter import PerturbationFilter
+from ssm_nn.inference.perturbation.fitting import SitePrior
+from ssm_nn.inference.perturbation.graphs import Chain, Star, UncertainBase
+from ssm_nn.inference.perturbation.joint import train_jointly
+from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
+from ssm_nn.inference.perturbation.state import PerturbationState, Storage, UpdateInfo
+
+__all__ = [
+    "AllTasks",
+    "Chain",
+    "ElasticHeads",
+    "Evidence",
+    "ExactQuadratic",
+    "FineTuned",
+    "FixedRank",
+    "Growth",
+    "HeadTraining",
+    "L2ToBase",
+    "OwnTask",
+    "Packed",
+    "PaperShare",
+    "PerturbationFilter",
+    "PerturbationState",
+    "PlainSVD",
+    "SingleTask",
+    "SitePrior",
+    "Star",
+    "Storage",
+    "UncertainBase",
+    "UpdateInfo",
+    "Whitened",
+    "train_jointly",
+]

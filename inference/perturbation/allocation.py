@@ -1,0 +1,179 @@
+"""Which directions of all layers a task may keep.
+
+    PaperShare       scores sigma_a^2 f_l; the largest first, up to the first cumulative share above alpha; at least one a layer
+    ExactQuadratic   drops the direction with the smallest (b_a + M_aa / 2) / cost_a, then b += M[:, a], until the rest fits
+    Evidence         keeps a direction while N M_aa > 1: its coefficient is known better than to within itself
+    FixedRank        the first of each layer
+
+An allocation is made on the host, in float64, of a few hundred directions.
+Source: PaperShare is section 3.3 of Li et al. 2024 (arXiv 2311.15161).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+__all__ = ["Allocation", "Evidence", "ExactQuadratic", "FixedRank", "PaperShare", "Scores", "dropped_loss"]
+
+Array = Any
+
+
+class Scores(NamedTuple):
+    """What is known of the directions a = 0 .. A - 1 of all layers.
+
+    Attributes:
+        sigma: (A,) singular values, in the metric of the directions.
+        layer: (A,) number of the layer; the directions of a layer stand together, the largest sigma first.
+        cost: (A,) numbers that a direction takes.
+        sensitivity: (L,) mean squared gradient f_l of a layer.
+        linear, matrix: b (A,) and M (A, A) of the loss's change by example, nats; nan where no curvature was asked for.
+        num_examples: N of the task.
+    """
+
+    sigma: np.ndarray
+    layer: np.ndarray
+    cost: np.ndarray
+    sensitivity: np.ndarray
+    linear: np.ndarray
+    matrix: np.ndarray
+    num_examples: int
+
+
+class Allocation(Protocol):
+    """A choice of directions; hashable."""
+
+    @property
+    def needs_quadratic(self) -> bool:
+        """Whether ``choose`` reads b and M."""
+        ...
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether it reads f."""
+        ...
+
+    def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
+        """Booleans (A,): the directions kept, which take at most ``budget`` numbers together if there is one."""
+        ...
+
+
+def dropped_loss(scores: Scores, keep: np.ndarray) -> float:
+    """``b.1_S + 1/2 1_S^T M 1_S`` with S what is not kept: the predicted change of the mean loss, in nats."""
+    gone = (~np.asarray(keep, bool)).astype(float)
+    return float(scores.linear @ gone + 0.5 * gone @ scores.matrix @ gone)
+
+
+@dataclass(frozen=True)
+class PaperShare:
+    """By ``sigma^2 f_l``, largest first.
+
+    Args:
+        alpha: share of the summed scores in (0, 1]; 1 keeps every direction.
+        least: directions that a layer keeps in any case.
+    """
+
+    alpha: float = 0.9
+    least: int = 1
+
+    needs_quadratic, needs_sensitivity = False, True
+
+    def __post_init__(self):
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; a share in (0, 1] is accepted, 1 keeps every direction")
+        _check_count("least", self.least)
+
+    def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
+        """Up to the first cumulative share above alpha; what a budget leaves no room for goes, smallest score first."""
+        score = np.square(scores.sigma.astype(float)) * scores.sensitivity[scores.layer]
+        order = np.argsort(-score, kind="stable")
+        keep = np.zeros(len(score), bool)
+        if self.alpha == 1 or not score.sum() > 0:
+            keep[:] = self.alpha == 1
+        else:
+            share = np.cumsum(score[order]) / score.sum()
+            keep[order[: int(np.searchsorted(share, self.alpha, side="right")) + 1]] = True
+        keep |= _place(scores) < self.least
+        return _fitted(scores, keep, order, budget)
+
+
+@dataclass(frozen=True)
+class ExactQuadratic:
+    """By the change of the loss that dropping a set is worth, gradient and interactions counted.
+
+    Args:
+        gradient: count b; without it a direction looks the same however far the weights are from a minimum.
+    """
+
+    gradient: bool = True
+
+    needs_quadratic, needs_sensitivity = True, False
+
+    def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
+        """Greedy; without a budget a direction is dropped only while that lowers the loss."""
+        matrix = scores.matrix.astype(float)
+        slope = scores.linear.astype(float) * self.gradient
+        half, cost = np.diag(matrix) / 2, scores.cost.astype(float)
+        keep = np.ones(len(cost), bool)
+        limit = np.inf if budget is None else budget
+        while keep.any():
+            change = np.where(keep, slope + half, np.inf)
+            dropped = int(np.argmin(change / cost))
+            if change[dropped] >= 0 and cost[keep].sum() <= limit:
+                break
+            keep[dropped] = False
+            slope = slope + matrix[:, dropped]
+        return keep
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """By ``N M_aa > 1``, free of thresholds: the data must tell a direction's coefficient from zero."""
+
+    needs_quadratic, needs_sensitivity = True, False
+
+    def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
+        """All that pass; where a budget is smaller, the most certain by cost."""
+        certain = scores.num_examples * np.diag(scores.matrix).astype(float)
+        order = np.argsort(-certain / scores.cost, kind="stable")
+        return _fitted(scores, certain > 1, order, budget)
+
+
+@dataclass(frozen=True)
+class FixedRank:
+    """The same number of directions in each layer, as many as it has."""
+
+    rank: int
+
+    needs_quadratic, needs_sensitivity = False, False
+
+    def __post_init__(self):
+        _check_count("rank", self.rank)
+
+    def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
+        """The first ones; a budget takes the last away, layer by layer."""
+        place = _place(scores)
+        return _fitted(scores, place < self.rank, np.argsort(place, kind="stable"), budget)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} is {value!r}; a whole number >= 0 is accepted")
+
+
+def _place(scores: Scores) -> np.ndarray:
+    """Number of a direction within its layer."""
+    first = np.searchsorted(scores.layer, scores.layer)
+    return np.arange(len(scores.layer)) - first
+
+
+def _fitted(scores: Scores, keep: np.ndarray, order: np.ndarray, budget: int | None) -> np.ndarray:
+    """The choice without its last in ``order``, until it fits the budget."""
+    keep = keep.copy()
+    for a in order[::-1]:
+        if budget is None or scores.cost[keep].sum() <= budget:
+            break
+        keep[a] = False
+    return keep

@@ -1,0 +1,134 @@
+"""From freely trained weights to scales and a few directions: what of W_free - W_0 is worth a name.
+
+    r_j = sum W_f W_0 / sum W_0^2,   s_i = sum r_j W_0 W_f / sum (r_j W_0)^2          alternating least squares
+    D = mean_p (W_f[p] - diag(s) W_0[p] diag(r)) = sum_a sigma_a v_a u_a^T            sums over positions too
+
+``PlainSVD`` takes the singular directions of D. ``Whitened`` takes those of A^1/2 D G^1/2, with A and G the Kronecker factors
+of the curvature: sigma_a^2 / 2 is then what dropping direction a costs, whichever others are dropped, as far as the
+curvature is A (x) G. V = D w and U = w^T with w an orthonormal basis of the outputs (or of the inputs, whichever is
+smaller): all directions together give D back to the last bits, also those that float32 sees only as noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+
+from ssm_nn.inference.perturbation.blocks import Block, Factors
+
+__all__ = ["Directions", "PlainSVD", "Whitened", "least_squares_scales", "residual"]
+
+Array = Any
+
+NEAR_ZERO = 1e-3  # of the usual length of a row: below it, a row's scale is held at 1
+
+
+class Sides(NamedTuple):
+    """Kronecker factors of one kernel: A (I, I) of its inputs, G (O, O) of the gradients at its outputs, by example."""
+
+    inputs: Array
+    outputs: Array
+
+
+class Directions(Protocol):
+    """How a residual is taken apart; hashable and pure."""
+
+    @property
+    def needs_sides(self) -> bool:
+        """Whether ``split`` reads the Kronecker factors."""
+        ...
+
+    def split(self, block: Block, difference: Array, sides: Sides | None) -> tuple[Array, Array, Array]:
+        """sigma (k,) descending, V (I, k), U (k, O) with ``V U`` the best of that rank; k is the block's cap."""
+        ...
+
+
+def least_squares_scales(block: Block, free: Array, base: Array, sweeps: int = 1) -> tuple[Array, Array]:
+    """s (I,) and r (O,), near 1 where the base is next to zero. One sweep is the paper's."""
+    target, start = block.matrix(free), block.matrix(base)
+    inputs, outputs = jnp.ones(block.num_inputs, start.dtype), jnp.ones(block.num_outputs, start.dtype)
+
+    def ratio(over: Array, under: Array) -> Array:
+        # a row of zeros but for rounding (a pixel that is always black) would be scaled by millions
+        ridge = NEAR_ZERO**2 * jnp.mean(under) + jnp.finfo(under.dtype).tiny
+        return (over + ridge) / (under + ridge)
+
+    for _ in range(sweeps):
+        rows = inputs[:, None] * start
+        outputs = ratio(jnp.sum(target * rows, axis=(0, 1)), jnp.sum(rows * rows, axis=(0, 1)))
+        columns = start * outputs
+        inputs = ratio(jnp.sum(target * columns, axis=(0, 2)), jnp.sum(columns * columns, axis=(0, 2)))
+    return inputs, outputs
+
+
+def residual(block: Block, free: Array, base: Array, factors: Factors) -> Array:
+    """D (I, O): what the scales leave, in the mean over the window."""
+    return jnp.mean(block.matrix(free) - block.scaled(base, factors), axis=0)
+
+
+@dataclass(frozen=True)
+class PlainSVD:
+    """The singular directions of the residual: the paper's."""
+
+    needs_sides = False
+
+    def split(self, block: Block, difference: Array, sides: Sides | None) -> tuple[Array, Array, Array]:
+        """Of D."""
+        del sides
+        return _split(difference, block.cap)
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """The singular directions in the metric of the curvature.
+
+    Args:
+        damping: added to A and G, as a share of their mean eigenvalue: directions that no example sees would else cost
+            nothing at any size, and be divided by.
+    """
+
+    damping: float = 1e-3
+
+    needs_sides = True
+
+    def __post_init__(self):
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"damping is {self.damping}; a positive number is accepted")
+
+    def split(self, block: Block, difference: Array, sides: Sides | None) -> tuple[Array, Array, Array]:
+        """Of ``A^1/2 D G^1/2``, taken back by the inverse roots."""
+        assert sides is not None
+        roots = [self._roots(side) for side in sides]
+        sigma, left, right = _split(roots[0][0] @ difference @ roots[1][0], block.cap)
+        return sigma, *_balanced(roots[0][1] @ left, right @ roots[1][1])
+
+    def _roots(self, side: Array) -> tuple[Array, Array]:
+        """The symmetric root and its inverse."""
+        values, vectors = jnp.linalg.eigh(side)
+        level = jnp.maximum(jnp.mean(values), jnp.finfo(side.dtype).tiny)
+        root = jnp.sqrt(jnp.maximum(values, 0.0) + self.damping * level)
+        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _split(matrix: Array, count: int) -> tuple[Array, Array, Array]:
+    """By the eigenvectors of the smaller Gram matrix, exact as a product: D = (D w) w^T for any orthonormal w."""
+    if matrix.shape[0] < matrix.shape[1]:
+        sigma, right, left = _split(matrix.T, count)
+        return sigma, left.T, right.T
+    peak = jnp.max(jnp.abs(matrix))
+    scaled = matrix / jnp.where(peak > 0, peak, 1.0)
+    _, vectors = jnp.linalg.eigh(scaled.T @ scaled)
+    basis = vectors[:, ::-1][:, :count]
+    left = matrix @ basis
+    sigma = jnp.sqrt(jnp.sum(jnp.square(left), axis=0))
+    return sigma, *_balanced(left, basis.T)
+
+
+def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
+    """The same products with columns and rows of equal length: U = u sqrt(sigma), V = sqrt(sigma) v."""
+    a, b = jnp.linalg.norm(left, axis=0), jnp.linalg.norm(right, axis=1)
+    both = (a > 0) & (b > 0)
+    factor = jnp.where(both, jnp.sqrt(jnp.where(both, b, 1.0) / jnp.where(both, a, 1.0)), 0.0)
+    return left * factor, right * jnp.where(both, 1 / jnp.where(both, factor, 1.0), 0.0)[:, None]
