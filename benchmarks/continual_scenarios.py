@@ -154,7 +154,14 @@ def _of(dataset: str) -> list[Scenario]:
             methods=(*BASELINES, "low-rank-*", "kronecker", "kronecker-spread"),
         ),
         # three tasks would not show what fifty forget
-        Scenario(f"permuted-{dataset}-50", dataset, permuted, 50, validation_tasks=10),
+        Scenario(
+            f"permuted-{dataset}-50",
+            dataset,
+            permuted,
+            50,
+            methods=(*BASELINES, "low-rank", "kronecker", "kronecker-spread", "kronecker-spread-power-3"),
+            validation_tasks=10,
+        ),
         Scenario(f"disjoint-{dataset}", dataset, split, 2),
         Scenario(f"split-{dataset}", dataset, split, 5, world=TASK_CLASSES),
         Scenario(f"rotated-{dataset}-drift", dataset, turned, 10, methods=(*drift, "kronecker-learnt"), smoothed=True),
