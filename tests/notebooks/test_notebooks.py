@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-LONG = {"02_kernels_and_shift", "04_forgetting_and_uncertainty", "06_what_ranks_say"}  # minutes
+LONG = {"02_kernels_and_shift", "04_forgetting_and_uncertainty", "05_last_layer", "06_what_ranks_say"}  # minutes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""What a last-layer engine carries from batch to batch, and what it says of each."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from ssm_nn.inference.last_layer.sites import Sites
+from ssm_nn.inference.last_layer.structures import HeadBelief
+from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE
+
+__all__ = ["HeadState", "UpdateInfo", "no_change"]
+
+Array = Any
+
+_MESSAGES = {
+    CONVERGED: "the climb to the mode converged",
+    NOT_CONVERGED: "the climb to the mode did not converge: allow more steps, or compute in float64",
+    NOT_FINITE: "the result is not finite, and the state was left as it was: look for outliers in the features",
+}
+
+
+class HeadState(NamedTuple):
+    """All that the next update needs.
+
+    Attributes:
+        step: number of batches so far.
+        mean: (K, D), whitened; ``engine.weights(state)`` has it in units of W.
+        belief: the covariance of the whitened weights, in the engine's structure.
+        sites: of each point; none where the engine keeps none.
+    """
+
+    step: int
+    mean: Array
+    belief: HeadBelief
+    sites: Sites
+
+
+class UpdateInfo(NamedTuple):
+    """What an update, a removal or a sweep says of itself.
+
+    Attributes:
+        num_points: that it was about.
+        log_evidence: ``log p(y | points before)`` of an update, of all points for a sweep; nan for a removal.
+        log_likelihood: at the mean reached.
+        steps: of Newton.
+        decrement: what was left to climb, in standard deviations of the posterior.
+        status: CONVERGED, NOT_CONVERGED or NOT_FINITE of ``ssm_nn.inference.map_problem``.
+        seconds: wall clock.
+    """
+
+    num_points: int
+    log_evidence: float
+    log_likelihood: float
+    steps: int
+    decrement: float
+    status: int
+    seconds: float
+
+    @property
+    def message(self) -> str:
+        """The status in words."""
+        return _MESSAGES[self.status]
+
+
+def no_change(began: float) -> UpdateInfo:
+    """Of what needed no climb; ``began`` is a reading of ``time.perf_counter``."""
+    nan = float("nan")
+    return UpdateInfo(0, 0.0, nan, 0, 0.0, CONVERGED, time.perf_counter() - began)

@@ -1,0 +1,199 @@
+"""The head of a NumPyro program: its likelihood, prior and step are read from the extraction, the rest stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+
+from ssm_nn.extraction import ObservedSite, Program, StateSpace, extract
+from ssm_nn.inference.last_layer.head_likelihoods import Bernoulli, Categorical, Gaussian, HeadLikelihood, Poisson
+from ssm_nn.inference.last_layer.heads import Head, find_head, one_row
+from ssm_nn.likelihoods import likelihood_of
+from ssm_nn.program import TaskBody
+from ssm_nn.tasks import Task, as_task
+
+__all__ = ["program_head"]
+
+Array = Any
+
+
+def program_head(
+    program: Program,
+    task: Task | Mapping[str, Any],
+    *,
+    hypers: Mapping[str, Any] | None = None,
+    weights: Array | None = None,
+    layer: str | None = None,
+    inputs: str = "x",
+) -> Head:
+    """The last layer of a program's network under its own prior and kernel; all other weights are fixed.
+
+    Args:
+        program: with one network, whose outputs are the logits of a Categorical or Bernoulli, the log rate of a Poisson,
+            or the mean of a Normal with a constant scale.
+        task: one task, with labels; it gives shapes, and its values check what was found.
+        hypers: the value of every latent site outside the weights.
+        weights: (P,), where the weights below the head are fixed: a belief's mean for example; None takes the network's
+            own initial weights.
+        layer: path of the head's weights; None searches it.
+        inputs: name of the array that the network is called with.
+
+    Raises:
+        ValueError: for a program of another form, and a network below the head that moves.
+    """
+    given = _on_device(task)
+    space = extract(program, given, hypers)
+    if len(space.body.networks) != 1:
+        raise ValueError(f"the program has {len(space.body.networks)} networks; one is accepted")
+    net = space.body.networks[0]
+    theta = space.initial if weights is None else jnp.asarray(weights)
+    if theta.shape != (space.layout.size,):
+        raise ValueError(f"weights has shape {theta.shape}; ({space.layout.size},) is accepted")
+    arrays = space.layout.arrays(theta)
+    if inputs not in given:
+        raise ValueError(f"inputs is {inputs!r}; the task has {sorted(given)}")
+    found = find_head(lambda arrays, x: net.network.bind(arrays[net.name])(x), arrays, given[inputs], layer)
+    _check_still(space, {found.layer.kernel, found.layer.bias})
+    likelihood = _likelihood(space, given, found.num_outputs, inputs)
+
+    def at_head(vector: Array) -> np.ndarray:
+        return found.matrix(space.layout.arrays(jnp.broadcast_to(vector, theta.shape)))
+
+    def labels(batch: Mapping[str, Any]) -> Any:
+        arrays = _on_device(batch)
+        zeros = jnp.zeros((arrays.num_examples, found.num_outputs), theta.dtype)
+        site = _only_site(_stand_in(space, arrays[inputs]).observed_at({net.name: {"outputs": zeros}}, arrays))
+        return site.value
+
+    moments = space.moments
+    return Head(
+        likelihood,
+        lambda batch: found.features(as_task(batch)[inputs]),
+        labels,
+        at_head(space.prior_mean),
+        np.sqrt(one_row("prior variance", at_head(space.prior_variance))),
+        one_row("gain", at_head(moments.gain)),
+        at_head(moments.shift),
+        one_row("noise", at_head(moments.noise)),
+        inputs,
+        lambda batch: set(batch) >= set(given),
+    )
+
+
+def _on_device(task: Task | Mapping[str, Any]) -> Task:
+    return jax.tree.map(jnp.asarray, as_task(task))
+
+
+def _check_still(space: StateSpace, head: set[Any]) -> None:
+    for s in space.layout.sites:
+        if (s.network, s.path) in head:
+            continue
+        gain, shift, noise = (np.asarray(part)[s.start : s.stop] for part in space.moments[:3])
+        if (gain != 1).any() or shift.any() or noise.any() or space.moments.permutation is not None:
+            raise ValueError(f"the weights {s.name!r} below the head move; Static() is accepted for them")
+
+
+class _Given:
+    """Stands for the network: called with anything, it gives outputs that are handed over."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]):
+        self.name, self.network, self._shape = name, self, shape
+
+    def bind(self, arrays: Mapping[str, Any]) -> Any:
+        """A function that gives ``arrays["outputs"]`` in the network's shape."""
+        return lambda *_: jnp.reshape(arrays["outputs"], self._shape)
+
+
+def _stand_in(space: StateSpace, x: Array) -> StateSpace:
+    """The state space whose network has given outputs for the examples x."""
+    net = space.body.networks[0]
+    own = space.layout.arrays(space.initial)[net.name]
+    shape = jax.eval_shape(lambda x: net.network.bind(own)(x), x).shape
+    given: Any = _Given(net.name, shape)
+    return space._replace(body=TaskBody([given], space.body.observe, {}))
+
+
+def _only_site(sites: Mapping[str, ObservedSite]) -> ObservedSite:
+    if len(sites) != 1:
+        raise ValueError(f"the program observes {sorted(sites)}; one site is accepted")
+    return next(iter(sites.values()))
+
+
+def _likelihood(space: StateSpace, task: Task, num_outputs: int, inputs: str) -> HeadLikelihood:
+    """The likelihood of the outputs f, found by looking at the site's canonical outputs at two values of f."""
+    net = space.body.networks[0]
+    stand_in = _stand_in(space, task[inputs])
+    num = task.num_examples
+    drawn = np.random.default_rng(0).normal(size=(2, num, num_outputs))
+
+    def at(f: np.ndarray) -> ObservedSite:
+        return _only_site(stand_in.observed_at({net.name: {"outputs": jnp.asarray(f, space.initial.dtype)}}, task))
+
+    sites = [at(f) for f in drawn]
+    weights = np.asarray(sites[0].weight)
+    if not (weights == 1).all():
+        raise ValueError("the program masks or scales its likelihood; give weights to update instead")
+    base = _bare(sites[0].distribution)
+    outputs = [np.asarray(likelihood_of(site.distribution).outputs).reshape(num, -1) for site in sites]
+    kind = next((kind for kind in _KINDS if isinstance(base, kind)), None)
+    if kind is None:
+        raise ValueError(
+            f"the program observes a {type(base).__name__}; Categorical, Bernoulli, Poisson and Normal are accepted"
+        )
+    if kind is dist.Normal:
+        locations, scales = (np.stack([o.reshape(num, -1, 2)[..., i] for o in outputs]) for i in range(2))
+        if not np.allclose(scales, scales.flat[0], atol=1e-5):
+            raise ValueError("the scale of the program's Normal is not one constant; a last-layer update needs one")
+        _check_outputs(locations, drawn, kind)
+        return Gaussian(float(np.exp(scales.flat[0])), num_outputs)
+    both = [np.stack(outputs), drawn]
+    if kind in (dist.CategoricalLogits, dist.CategoricalProbs):
+        both = [array - array.mean(axis=-1, keepdims=True) for array in both]  # shifted together they are the same
+    _check_outputs(both[0], both[1], kind)
+    return _KINDS[kind](num_outputs)
+
+
+def _check_outputs(outputs: np.ndarray, drawn: np.ndarray, kind: type) -> None:
+    if outputs.shape != drawn.shape or not np.allclose(outputs, drawn, atol=1e-4):
+        raise ValueError(
+            f"the network's outputs are not the {_WORDS[kind]} of the program's {kind.__name__} themselves; put scalings "
+            "and offsets into the network"
+        )
+
+
+def _bare(distribution: Any) -> Any:
+    while isinstance(distribution, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _single(likelihood: type) -> Any:
+    def make(num_outputs: int) -> Any:
+        if num_outputs != 1:
+            raise ValueError(f"the network has {num_outputs} outputs, and {likelihood.__name__} takes one")
+        return likelihood()
+
+    return make
+
+
+_KINDS: dict[type, Any] = {
+    dist.CategoricalLogits: Categorical,
+    dist.CategoricalProbs: Categorical,
+    dist.BernoulliLogits: _single(Bernoulli),
+    dist.BernoulliProbs: _single(Bernoulli),
+    dist.Poisson: _single(Poisson),
+    dist.Normal: None,
+}
+_WORDS = {
+    dist.CategoricalLogits: "logits",
+    dist.CategoricalProbs: "logits",
+    dist.BernoulliLogits: "logits",
+    dist.BernoulliProbs: "logits",
+    dist.Poisson: "log rate",
+    dist.Normal: "mean",
+}

@@ -1,0 +1,120 @@
+"""What is kept of each point: enough to take it back, and to linearise it anew.
+
+Point n with features phi_n, linearised at f_n, stands in the belief as the Gaussian factor with
+
+    precision  w_n Lambda(f_n) (x) phi_n phi_n^T,    shift  w_n [Lambda(f_n) f_n + g(f_n)] (x) phi_n
+
+so that (phi_n, f_n, y_n, w_n), D + K + 2 numbers, are all there is to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Sites"]
+
+Array = Any
+
+
+class Sites(NamedTuple):
+    """N points, on the host.
+
+    Attributes:
+        features: (N, D), whitened.
+        outputs: (N, K), where each was linearised.
+        labels: (N, ...).
+        weights: (N,), >= 0.
+        ids: (N,), each once.
+        steps: (N,), the number of the batch in which each came.
+    """
+
+    features: np.ndarray
+    outputs: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    ids: np.ndarray
+    steps: np.ndarray
+
+    @classmethod
+    def none(cls, num_features: int, num_outputs: int, labels: np.ndarray, dtype: Any) -> Sites:
+        """No point; ``labels`` (0, ...) gives dtype and shape."""
+        whole = np.zeros(0, np.int64)
+        return cls(
+            np.zeros((0, num_features), dtype),
+            np.zeros((0, num_outputs), dtype),
+            labels,
+            np.zeros(0, dtype),
+            whole,
+            whole,
+        )
+
+    @property
+    def num_points(self) -> int:
+        """N."""
+        return len(self.ids)
+
+    def plus(self, more: Sites) -> Sites:
+        """These points and more."""
+        if not self.num_points:
+            return more
+        return Sites(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
+
+    def at(self, places: np.ndarray) -> Sites:
+        """The points at ``places``, indices or booleans."""
+        return Sites(*(part[places] for part in self))
+
+    def places(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where the points with these ids lie.
+
+        Raises:
+            ValueError: for an id that no point has, or that is given twice.
+        """
+        asked = checked_ids(ids)
+        order = np.argsort(self.ids, kind="stable")
+        found = np.searchsorted(self.ids, asked, sorter=order)
+        inside = found < len(order)
+        places = order[np.where(inside, found, 0)] if len(order) else np.zeros(len(asked), int)
+        known = inside & (self.ids[places] == asked) if len(order) else np.zeros(len(asked), bool)
+        if not known.all():
+            unknown = asked[~known]
+            raise ValueError(
+                f"ids holds {unknown[:5].tolist()}{' and others' if len(unknown) > 5 else ''}, which no point has; the "
+                f"state holds {self.num_points} points"
+            )
+        return places
+
+
+def checked_ids(ids: Any) -> np.ndarray:
+    """Whole numbers (n,), each once."""
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        return np.zeros(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"ids has shape {ids.shape} and dtype {ids.dtype}; whole numbers of shape (n,) are accepted")
+    ids = ids.astype(np.int64)
+    if len(np.unique(ids)) < len(ids):
+        values, counts = np.unique(ids, return_counts=True)
+        raise ValueError(f"ids holds {int(values[counts > 1][0])} more than once; each point has an id of its own")
+    return ids
+
+
+def padded(array: np.ndarray, size: int) -> np.ndarray:
+    """(n, ...) as (size, ...), filled with copies of the first row; zeros where there is none."""
+    missing = size - len(array)
+    if missing == 0:
+        return array
+    filling = (
+        np.repeat(array[:1], missing, axis=0) if len(array) else np.zeros((missing, *array.shape[1:]), array.dtype)
+    )
+    return np.concatenate([array, filling])
+
+
+def padded_size(num_points: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ..., beyond 1,024 the next of its multiples: few shapes, little work on copies."""
+    if num_points > 1024:
+        return -(-num_points // 1024) * 1024
+    power = 1 << max(num_points - 1, 0).bit_length()
+    return power - power // 4 if power >= 4 and num_points <= power - power // 4 else power
