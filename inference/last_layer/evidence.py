@@ -6,8 +6,9 @@ Gaussian outputs, closed form: with lambda_i the eigenvalues of phi phi^T and y~
 
 whose best noise for a given rho is s^2 = mean_i |y~_i|^2 / (1 + rho lambda_i) / K; one number is left to search.
 
-Other likelihoods, MacKay's fixed point on Laplace's evidence: c^2 = |V - m|^2 / (K D - tr S), the mode found anew each time.
-Here c multiplies the prior's standard deviations. Source: MacKay 1992, "Bayesian interpolation".
+Other likelihoods: MacKay's fixed point c^2 = |V - m|^2 / (K D - tr S), the mode found anew each time; from there a search along
+log c on Laplace's evidence itself, whose curvature moves with c too. Here c multiplies the prior's standard deviations.
+Source: MacKay 1992, "Bayesian interpolation".
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ __all__ = ["TunedHead", "tune_head"]
 
 _RANGE = 30.0  # of log rho, either side: 13 decimal orders of the signal-to-noise ratio
 _STEPS = 100
-_SMALL = 1e-5  # change of log c^2 at which the fixed point is reached; the evidence is flat to its square
+_SMALL = 1e-2  # change of log c^2 at which the fixed point hands over to the search
+_WIDTH = (
+    3.0  # of the search along log c, either side; the fixed point is off by a factor of two at most in what was tried
+)
 
 
 class TunedHead(NamedTuple):
@@ -38,7 +42,8 @@ class TunedHead(NamedTuple):
         noise_scale: of Gaussian outputs, else None.
         log_evidence: of all points, there.
         steps: of the fixed point; 0 for a closed form.
-        converged: whether it was reached; it is not where the features say nothing of the labels, and the best scale is 0.
+        converged: whether the evidence has its maximum there; it has none where the features say nothing of the
+            labels, and the best scale is 0.
     """
 
     engine: LastLayerFilter
@@ -75,7 +80,7 @@ def _rescaled(engine: LastLayerFilter, state: HeadState, factor: float) -> tuple
 
 def _fixed_point(engine: LastLayerFilter, state: HeadState) -> TunedHead:
     total, steps, change = 1.0, 0, np.inf
-    state, info = engine.sweep(state)
+    state, _ = engine.sweep(state)
     size = engine.head.num_outputs * engine.head.num_features
     while steps < _STEPS and abs(change) > _SMALL and abs(np.log(total)) < _RANGE / 2:
         informed = max(size - float(state.belief.trace()), np.finfo(float).eps * size)
@@ -84,10 +89,22 @@ def _fixed_point(engine: LastLayerFilter, state: HeadState) -> TunedHead:
         change = float(np.clip(np.log(max(square, np.finfo(float).tiny) / informed), -4.6, 4.6))
         engine, state = _rescaled(engine, state, float(np.exp(change / 2)))
         total *= float(np.exp(change / 2))
-        state, info = engine.sweep(state)
+        state, _ = engine.sweep(state)
         steps += 1
-    precision = 1 / np.square(engine.head.scale)
-    return TunedHead(engine, state, total, precision, None, info.log_evidence, steps, abs(change) <= _SMALL)
+    converged = abs(change) <= _SMALL
+
+    def at(log_factor: float) -> tuple[LastLayerFilter, HeadState, float]:
+        other, moved = _rescaled(engine, state, float(np.exp(log_factor)))
+        moved, made = other.sweep(moved)
+        return other, moved, made.log_evidence
+
+    found: Any = minimize_scalar(
+        lambda point: -at(point)[2], bounds=(-_WIDTH, _WIDTH), method="bounded", options={"xatol": 1e-3}
+    )
+    other, moved, log_evidence = at(float(found.x))
+    converged &= abs(float(found.x)) < 0.99 * _WIDTH
+    total *= float(np.exp(found.x))
+    return TunedHead(other, moved, total, 1 / np.square(other.head.scale), None, log_evidence, steps, converged)
 
 
 def _closed_form(engine: LastLayerFilter, state: HeadState) -> TunedHead:

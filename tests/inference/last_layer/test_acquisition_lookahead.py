@@ -95,6 +95,7 @@ def test_baits_gains_and_costs_are_changes_of_the_dense_objective(made, dense):
     np.testing.assert_allclose(costs, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_for_one_covariance_of_all_outputs_baits_gains_are_those_of_its_kronecker_product():
     pool, _, _, _ = make_pool(structure=Shared())
     covariance = np.kron(np.eye(CLASSES), np.asarray(pool.belief.covariance))
@@ -127,6 +128,7 @@ def test_bait_is_the_dense_forward_and_backward_search(made, dense):
     np.testing.assert_array_equal(BAIT().select(pool, size, KEY), batch)
 
 
+@pytest.mark.slow
 def test_random_probes_make_baits_matrix_without_bias(made):
     pool = made[0]
 
@@ -163,6 +165,7 @@ def test_for_numbers_the_information_gain_is_exact():
     np.testing.assert_allclose(InformationGain().score(pool, KEY), 0.5 * np.log1p(variance / 0.4**2), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_where_the_outputs_are_nearly_known_bald_and_batch_bald_are_the_information_gain():
     pool, _, _, _ = make_pool(precision=2e3)
     dense = Dense(pool)
@@ -214,6 +217,7 @@ def test_one_point_foreseen_is_the_strategy_itself(made, strategy):
     assert Foreseen(strategy).at_once(10) == 10
 
 
+@pytest.mark.slow
 def test_twins_are_not_all_foreseen(made):
     pool = made[0]
     best = int(InformationGain().select(pool, 1, KEY)[0])

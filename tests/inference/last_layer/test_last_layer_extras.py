@@ -112,7 +112,7 @@ def test_the_evidence_chooses_scale_and_noise_of_gaussian_labels(rng):
     np.testing.assert_allclose(tuned.engine.weights(tuned.state), tuned.engine.weights(again), atol=1e-8)
 
 
-def test_mackays_fixed_point_stands_near_the_largest_evidence_of_classes():
+def test_the_evidence_of_classes_is_largest_at_the_tuned_scale():
     rng = np.random.default_rng(4)
     x = rng.normal(size=(32, 3))
     y = np.argmax(2 * x + rng.normal(size=x.shape), axis=1)
@@ -127,13 +127,18 @@ def test_mackays_fixed_point_stands_near_the_largest_evidence_of_classes():
 
     scale = float(tuned.engine.head.scale[0])
     assert tuned.log_evidence == pytest.approx(evidence(scale), abs=1e-6)
-    # Laplace's evidence also moves with the curvature, which the fixed point leaves out
-    grid = scale * np.exp(np.linspace(-1, 1, 9))
-    assert tuned.log_evidence > max(evidence(s) for s in grid) - 0.1
+    assert tuned.log_evidence > max(evidence(scale * change) for change in (0.5, 0.95, 1.05, 2.0))
 
 
-@pytest.mark.parametrize("structure", [Full(), Shared()], ids=str)
-@pytest.mark.parametrize("kernel", [RandomWalk(0.4), OrnsteinUhlenbeck(0.8)], ids=["walk", "retention"])
+@pytest.mark.parametrize(
+    ("structure", "kernel"),
+    [
+        (Full(), OrnsteinUhlenbeck(0.8)),
+        pytest.param(Full(), RandomWalk(0.4), marks=pytest.mark.slow),
+        pytest.param(Shared(), RandomWalk(0.4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_walking_head_with_gaussian_labels_is_the_dense_smoother(structure, kernel, rng):
     num_steps, per, width = 3, 4, 2
     x, y = rng.normal(size=(num_steps, per, width)), rng.normal(size=(num_steps, per))

@@ -45,7 +45,7 @@ def test_classes_that_come_later_are_learnt_by_partial_fit(data):
     assert model.classes_.tolist() == ["ash", "elm", "beech"]
     p = model.predict_proba(x)
     np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-12)
-    assert (model.predict(x) == y).mean() > 0.6
+    assert (model.predict(x[~early]) == "beech").mean() > 0.6
     named = LastLayerClassifier().partial_fit(x[:4], y[:4], classes=["ash", "beech", "elm"])
     assert named.classes_.tolist() == ["ash", "beech", "elm"]
     with pytest.raises(ValueError, match="which classes does not"):

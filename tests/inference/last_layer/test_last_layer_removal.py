@@ -16,7 +16,6 @@ from ssm_nn.inference.last_layer.published_rule import PublishedRule
 from ssm_nn.inference.last_layer.shared_covariance import Shared
 from ssm_nn.inference.last_layer.square_root import SquareRoot
 
-STRUCTURES = [Full(), SquareRoot(), Shared(), KroneckerHead(), DiagonalHead()]
 WIDTH = 3
 
 
@@ -40,7 +39,15 @@ def assert_same_belief(one, two, atol):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Full(),
+        KroneckerHead(),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (SquareRoot(), Shared(), DiagonalHead())),
+    ],
+    ids=str,
+)
 def test_a_removed_point_leaves_no_trace(structure, data):
     engine = engine_of(structure)
     before, _ = engine.update(engine.init(), batch(data, 0, 8))
@@ -139,7 +146,9 @@ def test_bad_batches_are_refused_and_an_empty_one_changes_nothing(data):
     assert info.num_points == 0
 
 
-@pytest.mark.parametrize("structure", [Full(), KroneckerHead()], ids=str)
+@pytest.mark.parametrize(
+    "structure", [Full(), *(pytest.param(s, marks=pytest.mark.slow) for s in (KroneckerHead(),))], ids=str
+)
 def test_large_logits_and_many_classes_stay_finite(structure):
     rng = np.random.default_rng(0)
     x = np.array([[1e4], [-1e4], [1e4]])
@@ -158,7 +167,9 @@ def test_large_logits_and_many_classes_stay_finite(structure):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", [Full(), Shared(), DiagonalHead()], ids=str)
+@pytest.mark.parametrize(
+    "structure", [Full(), *(pytest.param(s, marks=pytest.mark.slow) for s in (Shared(), DiagonalHead()))], ids=str
+)
 def test_a_class_that_comes_later_ends_as_if_it_had_been_there(structure, data):
     small, large = engine_of(structure, Categorical(2)), engine_of(structure, Categorical(3))
     x, y = data
