@@ -25,7 +25,7 @@ class Problem:
 
     Attributes:
         data: its name.
-        prior_precision: tau; near the largest evidence of 1,000 points of seed 1000 (``--evidence`` finds it anew).
+        prior_precision: tau, chosen by hand; ``--evidence`` finds the value of the largest evidence.
         base, new: numbers of points before and after.
     """
 

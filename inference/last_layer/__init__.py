@@ -7,6 +7,7 @@ from ssm_nn.inference.last_layer.acquisition_information import BALD, BatchBALD
 from ssm_nn.inference.last_layer.acquisition_lookahead import ExpectedEntropy, Foreseen, Sequential
 from ssm_nn.inference.last_layer.active_learner import ActiveLearner, ActiveState
 from ssm_nn.inference.last_layer.diagonal_head import DiagonalHead
+from ssm_nn.inference.last_layer.evidence import TunedHead, tune_head
 from ssm_nn.inference.last_layer.full_covariance import Full
 from ssm_nn.inference.last_layer.head_likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from ssm_nn.inference.last_layer.head_predictions import AtMode, MeanField, MonteCarlo, Probit
@@ -14,7 +15,9 @@ from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo
 from ssm_nn.inference.last_layer.heads import feature_head, network_head
 from ssm_nn.inference.last_layer.kronecker_head import KroneckerHead
 from ssm_nn.inference.last_layer.last_layer_filter import LastLayerFilter
+from ssm_nn.inference.last_layer.moving import smooth_head
 from ssm_nn.inference.last_layer.program_heads import program_head
+from ssm_nn.inference.last_layer.published_rule import PublishedRule
 from ssm_nn.inference.last_layer.shared_covariance import Shared
 from ssm_nn.inference.last_layer.square_root import SquareRoot
 
@@ -43,13 +46,17 @@ __all__ = [
     "MonteCarlo",
     "Poisson",
     "Probit",
+    "PublishedRule",
     "Random",
     "Sequential",
     "Shared",
     "SquareRoot",
+    "TunedHead",
     "TypiClust",
     "UpdateInfo",
     "feature_head",
     "network_head",
     "program_head",
+    "smooth_head",
+    "tune_head",
 ]
