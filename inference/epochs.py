@@ -10,12 +10,11 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import rows
-from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE, all_finite
 from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.tasks import Task
 
-__all__ = ["Passes", "batch_log_likelihood", "minibatch_of", "run_epochs"]
+__all__ = ["Passes", "batch_log_likelihood", "run_epochs"]
 
 Array = Any
 
@@ -27,18 +26,6 @@ class Passes(NamedTuple):
     steps: int
     status: int
     objective: float
-
-
-def minibatch_of(engine: LaplaceFilter, minibatch: Minibatch | None, owner: str) -> Minibatch:
-    """The settings given, or the engine's; ValueError where neither are mini-batches."""
-    chosen = engine.estimator if minibatch is None else minibatch
-    if not isinstance(chosen, Minibatch):
-        name = "the engine's estimator" if minibatch is None else "minibatch"
-        raise ValueError(
-            f"{name} is {type(chosen).__name__}, but {owner} trains in mini-batches: give it minibatch=Minibatch(...), or an "
-            "engine whose estimator is one"
-        )
-    return chosen
 
 
 def run_epochs(

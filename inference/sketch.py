@@ -32,6 +32,7 @@ from ssm_nn.inference.structures import Diagonal, LowRank, Structure
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
 from ssm_nn.tasks import Task
+from ssm_nn.weight_mesh import tall_skinny_qr
 
 __all__ = ["SketchedCurvature"]
 
@@ -79,10 +80,10 @@ class SketchedCurvature:
         rank = structure.rank if isinstance(structure, LowRank) else 0
         subset_key, first_key, second_key, omega_key = jax.random.split(key, 4)
         columns, scale = self._small_batches(task, subset_key)
-        if rank and columns.shape[0] * columns.shape[1] < 4 * (rank + self.oversampling):
+        if rank and columns.shape[0] * columns.shape[1] < 2 * (rank + self.oversampling):
             raise ValueError(
                 f"column_batch is {self.column_batch}: the task gives {columns.shape[0] * columns.shape[1]} random columns, "
-                f"too few for rank {rank}; four for each of rank + oversampling are needed, from a smaller column_batch"
+                f"too few for rank {rank}; two for each of rank + oversampling are needed, from a smaller column_batch"
             )
         scale = scale * power
         metric = predicted.precision_diagonal()
@@ -90,9 +91,9 @@ class SketchedCurvature:
         width = min(rank + self.oversampling, theta.shape[0]) if rank else 0
         basis = jnp.zeros((theta.shape[0], 0), theta.dtype)
         if rank:
-            omega = jax.random.rademacher(omega_key, (theta.shape[0], width), theta.dtype)
+            omega = _signs(omega_key, theta.shape[0], width).astype(theta.dtype)
             _, image = self._pass(space, theta, task, self._for_range(columns, width), whiten, omega, first_key)
-            basis, _ = jnp.linalg.qr(image)
+            basis, _ = tall_skinny_qr(image)
         squares, image = self._pass(space, theta, task, columns, whiten, basis, second_key)
         diagonal = scale * metric * squares
         if not isinstance(structure, LowRank):
@@ -125,9 +126,9 @@ class SketchedCurvature:
 
     @staticmethod
     def _for_range(columns: Array, width: int) -> Array:
-        """Four shorter columns for each of the range's own: it needs directions, not sizes."""
+        """Two shorter columns for each of the range's own: it needs directions, not sizes."""
         length = min(columns.shape[2], _RANGE_EXAMPLES)
-        groups = -(-4 * width // columns.shape[1])
+        groups = -(-2 * width // columns.shape[1])
         return (
             columns.reshape(-1, columns.shape[1], length)[:groups]
             if columns.shape[2] % length == 0
@@ -138,16 +139,17 @@ class SketchedCurvature:
         self, space: StateSpace, theta: Array, task: Task, columns: Array, whiten: Array, directions: Array, key: Array
     ) -> tuple[Array, Array]:
         """diag(A) (P,) and ``A directions`` (P, S) from one pass over the examples, each counted once."""
-        # read along P, as for the quadratic form; whitened on this side, since the columns are many
-        rows_of_directions = jax.lax.optimization_barrier(directions.T * whiten)
+        # whitened on this side, since the columns are many
+        whitened = directions * whiten[:, None]
 
         def step(carry, inputs):
             squares, image = carry
             some = jax.vmap(partial(self._column, space, theta, task))(*inputs)  # (columns, P)
-            image = image + (rows_of_directions @ some.T) @ some
+            # both products read the columns as they lie in memory
+            image = image + (some @ whitened).T @ some
             return (squares + jnp.sum(jnp.square(some), axis=0), image), None
 
-        start = (jnp.zeros_like(theta), jnp.zeros_like(rows_of_directions))
+        start = (jnp.zeros_like(theta), jnp.zeros_like(whitened.T))
         (squares, image), _ = jax.lax.scan(step, start, (columns, jax.random.split(key, columns.shape[:2])))
         return squares * jnp.square(whiten), (image * whiten).T
 
@@ -167,6 +169,13 @@ class SketchedCurvature:
         at_theta, pull = jax.vjp(outputs, theta)
         signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
         return pull(jnp.einsum("nkc,nc->nk", factors, signs))[0]
+
+
+def _signs(key: Array, size: int, width: int) -> Array:
+    """Random signs (size, width), 32 from each random word."""
+    words = jax.random.bits(key, (size, -(-width // 32)), jnp.uint32)
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return 1 - 2 * bits.reshape(size, -1)[:, :width].astype(jnp.int32)
 
 
 def _nystroem(basis: Array, image: Array) -> Array:

@@ -1,15 +1,22 @@
-"""Fixtures that every test may ask for."""
+"""Fixtures that every test may ask for, and settings which halve the time that the suite spends on compiling."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# No test opens a window.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Four fifths of a small test is XLA's compiling. What one test compiled, others and later runs read back; in the environment,
+# so that the processes that tests start do likewise.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax
 import numpy as np
 import pytest
-
-# No test opens a window.
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 SEED = 20240229
 
