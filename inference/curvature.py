@@ -20,7 +20,7 @@ from ssm_nn.inference.batches import batched, index_batches, one_batch, rows, si
 from ssm_nn.inference.structures import Structure
 from ssm_nn.tasks import Task
 
-__all__ = ["Curvature", "ExactCurvature", "Information", "columns"]
+__all__ = ["Curvature", "ExactCurvature", "Information", "columns", "random_column"]
 
 Array = Any
 
@@ -77,6 +77,18 @@ def columns(space: StateSpace, theta: Array, task: Task) -> Array:
 
     stacked = jax.vmap(of_one, out_axes=1)(task.data, task.mask)  # (P, N, C)
     return stacked.reshape(theta.shape[0], -1)
+
+
+def random_column(space: StateSpace, theta: Array, batch: Task, key: Array) -> Array:
+    """``sum_n J_n^T L_n e_n`` (P,) over the examples of ``batch`` with random signs e_n (C,): its second moment is V V^T."""
+
+    def outputs(weights):
+        return jax.vmap(lambda data, mask: space.outputs(weights, single(batch, data, mask)))(batch.data, batch.mask)
+
+    factors = jax.vmap(lambda data, mask: space.output_factor(theta, single(batch, data, mask)))(batch.data, batch.mask)
+    at_theta, pull = jax.vjp(outputs, theta)
+    signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
+    return pull(jnp.einsum("nkc,nc->nk", factors, signs).astype(at_theta.dtype))[0]
 
 
 def factor_columns(space: StateSpace, task: Task) -> int:

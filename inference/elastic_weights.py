@@ -23,6 +23,7 @@ from ssm_nn.extraction import Program, extract
 from ssm_nn.inference.batches import index_batches, rows, single, with_mask
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_finite
+from ssm_nn.inference.curvature import random_column
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapResult, all_finite
 from ssm_nn.inference.training import TaskByTask, anchored
@@ -105,10 +106,7 @@ def diagonal_fisher(program: Program, hypers: Any, theta: Array, task: Task, key
     chunks = index_batches(jnp.arange(total), max(min(_CHUNK_NUMBERS // theta.shape[0], total), 1), total)
 
     def of_one(data: Any, mask: Array, key: Array) -> Array:
-        example = single(task, data, mask)
-        outputs, pull = jax.vjp(lambda weights: space.outputs(weights, example), theta)
-        factor = space.output_factor(theta, example).astype(outputs.dtype)
-        return jnp.square(pull(factor @ jax.random.rademacher(key, factor.shape[1:], outputs.dtype))[0])
+        return jnp.square(random_column(space, theta, single(task, data, mask), key))
 
     def step(summed: Array, inputs: Any) -> tuple[Array, None]:
         indices, chunk_key = inputs

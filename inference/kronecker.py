@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import StateSpace
-from ssm_nn.inference.batches import index_batches, rows, single
+from ssm_nn.inference.batches import index_batches, rows
 from ssm_nn.inference.checks import check_count, check_finite
-from ssm_nn.inference.curvature import Information, sampled_gradient
+from ssm_nn.inference.curvature import Information, columns, random_column, sampled_gradient
 from ssm_nn.inference.layer_passes import LayerPasses, layers_of
 from ssm_nn.inference.structures import Cut, LowRank
 from ssm_nn.layer_places import LayerPlace, Places
@@ -238,15 +238,8 @@ class KroneckerCurvature:
 
         def columns_of(indices: Array, key: Array) -> Array:
             batch = rows(task, indices)
-
-            def outputs(weights):
-                return jax.vmap(lambda d, m: space.outputs(weights, single(batch, d, m)))(batch.data, batch.mask)
-
-            factors = jax.vmap(lambda d, m: space.output_factor(theta, single(batch, d, m)))(batch.data, batch.mask)
-            at_theta, pull = jax.vjp(outputs, theta)
-            signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
-            wide = jnp.moveaxis(factors, 2, 0) if each else jnp.einsum("nkc,nc->nk", factors, signs)[None]
-            return jax.vmap(lambda cotangent: places.rest_of(pull(cotangent)[0]))(wide.astype(at_theta.dtype))
+            wide = columns(space, theta, batch) if each else random_column(space, theta, batch, key)[:, None]
+            return jax.vmap(places.rest_of, in_axes=1)(wide)
 
         def step(site, inputs):
             made = jax.vmap(columns_of)(*inputs)

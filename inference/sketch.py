@@ -18,16 +18,15 @@ Udell, Cevher 2017 (arXiv 1706.05736).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace
-from ssm_nn.inference.batches import index_batches, rows, single
+from ssm_nn.inference.batches import index_batches, rows
 from ssm_nn.inference.checks import check_count
-from ssm_nn.inference.curvature import Information, sampled_gradient
+from ssm_nn.inference.curvature import Information, random_column, sampled_gradient
 from ssm_nn.inference.structures import Diagonal, LowRank, Structure
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
@@ -144,7 +143,7 @@ class SketchedCurvature:
 
         def step(carry, inputs):
             squares, image = carry
-            some = jax.vmap(partial(self._column, space, theta, task))(*inputs)  # (columns, P)
+            some = jax.vmap(lambda indices, key: random_column(space, theta, rows(task, indices), key))(*inputs)
             # both products read the columns as they lie in memory
             image = image + (some @ whitened).T @ some
             return (squares + jnp.sum(jnp.square(some), axis=0), image), None
@@ -152,23 +151,6 @@ class SketchedCurvature:
         start = (jnp.zeros_like(theta), jnp.zeros_like(whitened.T))
         (squares, image), _ = jax.lax.scan(step, start, (columns, jax.random.split(key, columns.shape[:2])))
         return squares * jnp.square(whiten), (image * whiten).T
-
-    @staticmethod
-    def _column(space: StateSpace, theta: Array, task: Task, indices: Array, key: Array) -> Array:
-        """``sum_n J_n^T L_n e_n`` (P,) over a small batch of ``task``, with random signs e."""
-        batch = rows(task, indices)
-
-        def outputs(weights):
-            return jax.vmap(lambda data, mask: space.outputs(weights, single(batch, data, mask)))(
-                batch.data, batch.mask
-            )
-
-        factors = jax.vmap(lambda data, mask: space.output_factor(theta, single(batch, data, mask)))(
-            batch.data, batch.mask
-        )
-        at_theta, pull = jax.vjp(outputs, theta)
-        signs = jax.random.rademacher(key, factors.shape[:1] + factors.shape[2:], at_theta.dtype)
-        return pull(jnp.einsum("nkc,nc->nk", factors, signs))[0]
 
 
 def _signs(key: Array, size: int, width: int) -> Array:
