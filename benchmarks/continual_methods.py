@@ -11,13 +11,16 @@ from continual_bench import Bench
 from continual_settings import LEARNING_RATES, REPLAYED, Budget
 
 from ssm_nn.inference import Belief, Kronecker, LaplaceFilter, LowRank
-from ssm_nn.inference.baselines import FineTuning, JointTraining
-from ssm_nn.inference.elastic_weights import OnlineEWC
+from ssm_nn.inference.baselines import (
+    FineTuning,
+    JointTraining,
+    OnlineEWC,
+    Replay,
+    StructuredLaplace,
+    SynapticIntelligence,
+    VariationalContinual,
+)
 from ssm_nn.inference.expectation_maximisation import learn_kernel
-from ssm_nn.inference.replay import Replay
-from ssm_nn.inference.structured_laplace import StructuredLaplace
-from ssm_nn.inference.synaptic_intelligence import SynapticIntelligence
-from ssm_nn.inference.variational_continual import VariationalContinual
 
 POWERS = (1.0, 3.0)
 SPREADS = (0.25, 0.5, 1.0)  # standard deviations of the belief

@@ -33,7 +33,7 @@ from ssm_nn.models import RandomWalk
 from ssm_nn.models.datasets import load
 from ssm_nn.models.networks import mlp
 
-RANK, CURVATURE_EXAMPLES, LEARNING_RATE, PRIOR_EVERY = 20, 10_000, 1e-3, 4
+RANK, CURVATURE_EXAMPLES, LEARNING_RATE, PRIOR_EVERY = 20, 10_000, 1e-3, 8
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ class Minibatch:
         return run
 
     def _coordinates(self, layout: Layout, problem: MapProblem) -> SearchCoordinates:
-        return (Round if self.prior_every == 1 else ByLeaf)(layout, problem.precision)
+        share = 1 / jnp.maximum(jnp.sum(problem.task.mask), 1).astype(problem.mean.dtype)
+        return (Round if self.prior_every == 1 else ByLeaf)(layout, problem.precision, share)
 
     def _begin(self, program: Any, problem: MapProblem, start: Array) -> tuple[Any, Any]:
         """The first position, and the optimiser's state."""
@@ -105,15 +106,14 @@ class Minibatch:
             def step(carry, indices):
                 position, state = carry
                 batch = rows(problem.task, indices)
-                scale = problem.power * counted / jnp.maximum(jnp.sum(batch.mask), 1)
+                scale = problem.power / jnp.maximum(jnp.sum(batch.mask), 1)
 
                 def misfit(position):
                     arrays = jax.tree.map(jnp.add, mean, coordinates.arrays(position))
                     return -scale * space.log_likelihood_at(arrays, batch)
 
                 value, gradient = jax.value_and_grad(misfit)(position)
-                both = jax.tree.map(jnp.add, gradient, prior_gradient(position))
-                gradient = jax.tree.map(lambda g: g / jnp.maximum(counted, 1), both)
+                gradient = jax.tree.map(jnp.add, gradient, prior_gradient(position))
                 change, state = self.optimizer.update(gradient, state, position)
                 return (optax.apply_updates(position, coordinates.scaled(change)), state), value + half_square
 
@@ -126,4 +126,4 @@ class Minibatch:
         if whole < order.shape[0]:
             carry, values = block(carry, order[whole:])
             summed = summed + jnp.sum(values)
-        return *carry, summed / order.shape[0]
+        return *carry, summed * counted / order.shape[0]

@@ -39,7 +39,7 @@ class SearchCoordinates(Protocol):
         ...
 
     def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
-        """``1/2 d^T Lambda' d`` at ``origin``, and the gradient at positions near it."""
+        """``share / 2  d^T Lambda' d`` at ``origin``, and the gradient at positions near it."""
         ...
 
     def scaled(self, change: Any) -> Any:
@@ -48,10 +48,10 @@ class SearchCoordinates(Protocol):
 
 
 class Round:
-    """By the root of the precision."""
+    """By the root of the precision; the prior counts ``share``."""
 
-    def __init__(self, layout: Layout, precision: Any):
-        self.layout, self.whitening = layout, precision.whitening()
+    def __init__(self, layout: Layout, precision: Any, share: Array):
+        self.layout, self.whitening, self.share = layout, precision.whitening(), share
         self.unit = jnp.sqrt(self.whitening.smallest)
 
     def enter(self, shift: Array) -> Array:
@@ -64,7 +64,7 @@ class Round:
         return self.layout.arrays(self.leave(position))
 
     def prior(self, origin: Array) -> tuple[Array, Callable[[Array], Array]]:
-        square = jnp.square(self.unit)
+        square = self.share * jnp.square(self.unit)
         return 0.5 * square * jnp.sum(jnp.square(origin)), lambda position: square * position
 
     def scaled(self, change: Array) -> Array:
@@ -72,13 +72,13 @@ class Round:
 
 
 class ByLeaf:
-    """Without packing the weights in each step."""
+    """Without packing the weights in each step; the prior counts ``share``."""
 
-    def __init__(self, layout: Layout, precision: Any):
-        self.layout = layout
+    def __init__(self, layout: Layout, precision: Any, share: Array):
+        self.layout, self.share = layout, share
         self.square = precision.quadratic_form()
         diagonal = precision.precision_diagonal()
-        self.diagonal = layout.arrays(diagonal)
+        self.diagonal = share * diagonal
         self.speed = layout.arrays(jnp.sqrt(jnp.min(diagonal) / diagonal))
 
     def enter(self, shift: Array) -> Any:
@@ -91,11 +91,13 @@ class ByLeaf:
         return position
 
     def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
-        half_square, pull = jax.value_and_grad(lambda d: 0.5 * self.square(d))(self.leave(origin))
-        pull = self.layout.arrays(pull)
+        shift = self.leave(origin)
+        half_square, pull = jax.value_and_grad(lambda d: 0.5 * self.share * self.square(d))(shift)
+        # a line in the position: two arrays are read a step
+        at_zero, slope = self.layout.arrays(pull - self.diagonal * shift), self.layout.arrays(self.diagonal)
 
         def gradient(position: Any) -> Any:
-            return jax.tree.map(lambda p, c, d, o: p + c * (d - o), pull, self.diagonal, position, origin)
+            return jax.tree.map(lambda a, b, d: a + b * d, at_zero, slope, position)
 
         return half_square, gradient
 

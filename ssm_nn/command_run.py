@@ -22,7 +22,7 @@ from ssm_nn.command_evaluate import LAST, LEARNT, SMOOTHED, Evaluator, Row, matr
 from ssm_nn.command_folder import METRIC_COLUMNS, TASK_COLUMNS, RunFolder
 from ssm_nn.command_settings import WHOLE_TASK_LABELS, CommandError, Kernel, Settings, kernels_of
 from ssm_nn.extraction import describe, extract
-from ssm_nn.inference.baselines import FineTuning, JointTraining, TrainingState
+from ssm_nn.inference.baselines.plain import FineTuning, JointTraining, TrainingState
 from ssm_nn.inference.beliefs import Filtered, FilterState, Info
 from ssm_nn.inference.checkpoints import load, replacing, save
 from ssm_nn.inference.curvature import ExactCurvature

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
@@ -28,7 +29,6 @@ from ssm_nn.inference.perturbation.posterior import diagonal_information
 from ssm_nn.inference.perturbation.reading import Reading
 from ssm_nn.inference.perturbation.state import Storage
 from ssm_nn.inference.predictive import AtMean, Prediction, predict_from
-from ssm_nn.inference.training import as_arrays
 from ssm_nn.tasks import Task, as_task
 
 __all__ = ["ElasticHeads", "FineTuned", "FreeState", "HeadTraining", "L2ToBase", "Packed", "SingleTask"]

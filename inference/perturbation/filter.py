@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import Program
+from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.laplace import FilterWarning
 from ssm_nn.inference.map_problem import NOT_FINITE
@@ -54,8 +55,7 @@ from ssm_nn.inference.perturbation.state import (
 )
 from ssm_nn.inference.perturbation.task_checks import ready
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
-from ssm_nn.inference.training import as_arrays, each_task
-from ssm_nn.tasks import Task, Tasks, as_task
+from ssm_nn.tasks import Task, Tasks, as_task, each_task
 
 __all__ = ["PerturbationFilter"]
 

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 
 from ssm_nn.extraction import Layout, Program, describe, extract
-from ssm_nn.inference.batches import batched, with_mask, without_masked
+from ssm_nn.inference.batches import as_arrays, batched, with_mask, without_masked
 from ssm_nn.inference.checks import check_support, check_task
-from ssm_nn.inference.training import as_arrays
 from ssm_nn.tasks import Task, as_task
 
 __all__ = ["ready"]

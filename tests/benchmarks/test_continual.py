@@ -21,7 +21,7 @@ from continual_methods import Choice, method_of
 from continual_scenarios import SCENARIOS, TASK_CLASSES, Scenario, validation_data
 from continual_settings import Budget
 
-from ssm_nn.inference.elastic_weights import OnlineEWC
+from ssm_nn.inference.baselines.elastic_weights import OnlineEWC
 from ssm_nn.models.datasets import load
 from ssm_nn.models.streams import permuted, split
 

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ssm_nn.inference.baselines.training import TaskByTask, Training, TrainingState
 from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.map_problem import MapResult
-from ssm_nn.inference.training import TaskByTask, Training, TrainingState
 from ssm_nn.tasks import Task, Tasks, check_alike, listed_tasks
 
 __all__ = ["FineTuning", "JointTraining", "TrainingState", "join"]

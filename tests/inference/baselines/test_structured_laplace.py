@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssm_nn.inference.baselines.structured_laplace import StructuredLaplace
 from ssm_nn.inference.kronecker import Kronecker
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
 from ssm_nn.inference.predictive import AtMean, predict_from
-from ssm_nn.inference.structured_laplace import StructuredLaplace
 from ssm_nn.inference.structures import Diagonal
 from ssm_nn.models.datasets import load
 from ssm_nn.models.networks import mlp

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from ssm_nn.extraction import Program, extract
+from ssm_nn.inference.baselines.training import TaskByTask, anchored
 from ssm_nn.inference.batches import index_batches, rows, single, with_mask
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_finite
 from ssm_nn.inference.curvature import random_column
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapResult, all_finite
-from ssm_nn.inference.training import TaskByTask, anchored
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task
 

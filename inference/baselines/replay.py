@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from ssm_nn.extraction import Program, extract
+from ssm_nn.inference.baselines.training import TaskByTask, minibatch_of
 from ssm_nn.inference.batches import as_arrays, index_batches, one_batch, rows
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count
@@ -26,7 +27,6 @@ from ssm_nn.inference.epochs import batch_log_likelihood, run_epochs
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult
 from ssm_nn.inference.minibatch import Minibatch
-from ssm_nn.inference.training import TaskByTask, minibatch_of
 from ssm_nn.tasks import Task, as_task, check_alike
 
 __all__ = ["Memory", "Replay", "ReplayState"]

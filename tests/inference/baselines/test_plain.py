@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_nn.inference.baselines import FineTuning, JointTraining, join
+from ssm_nn.inference.baselines.plain import FineTuning, JointTraining, join
 from ssm_nn.inference.gauss_newton import GaussNewton
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs

@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from ssm_nn.extraction import Program, extract
+from ssm_nn.inference.baselines.elastic_weights import diagonal_fisher
+from ssm_nn.inference.baselines.training import TaskByTask
 from ssm_nn.inference.batches import with_mask
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count, check_finite
-from ssm_nn.inference.elastic_weights import diagonal_fisher
 from ssm_nn.inference.kronecker import Kronecker
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.layer_passes import LayerPasses
 from ssm_nn.inference.map_problem import NOT_FINITE, MapResult, all_finite
-from ssm_nn.inference.training import TaskByTask
 from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen
 from ssm_nn.tasks import Task
 

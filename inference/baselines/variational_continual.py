@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from ssm_nn.extraction import Program, extract
+from ssm_nn.inference.baselines.training import TaskByTask, minibatch_of
 from ssm_nn.inference.batches import index_batches
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count, check_positive
@@ -25,7 +26,6 @@ from ssm_nn.inference.epochs import batch_log_likelihood, run_epochs
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult
 from ssm_nn.inference.minibatch import Minibatch
-from ssm_nn.inference.training import TaskByTask, minibatch_of
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task
 

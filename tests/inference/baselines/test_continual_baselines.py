@@ -6,21 +6,21 @@ import numpy as np
 import optax
 import pytest
 
-from ssm_nn.inference import elastic_weights, replay, synaptic_intelligence, variational_continual
-from ssm_nn.inference.baselines import FineTuning, JointTraining
+from ssm_nn.inference.baselines import elastic_weights, replay, synaptic_intelligence, variational_continual
+from ssm_nn.inference.baselines.elastic_weights import OnlineEWC, diagonal_fisher
+from ssm_nn.inference.baselines.plain import FineTuning, JointTraining
+from ssm_nn.inference.baselines.replay import Memory, Replay, recalled, remember
+from ssm_nn.inference.baselines.synaptic_intelligence import SynapticIntelligence
+from ssm_nn.inference.baselines.variational_continual import VariationalContinual, divergence
 from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.elastic_weights import OnlineEWC, diagonal_fisher
 from ssm_nn.inference.gauss_newton import GaussNewton
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.metrics import accuracy
 from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.predictive import AtMean, predict_from
-from ssm_nn.inference.replay import Memory, Replay, recalled, remember
 from ssm_nn.inference.structures import Diagonal
-from ssm_nn.inference.synaptic_intelligence import SynapticIntelligence
 from ssm_nn.inference.tuning import tune
-from ssm_nn.inference.variational_continual import VariationalContinual, divergence
 from ssm_nn.models.datasets import load
 from ssm_nn.models.networks import mlp
 from ssm_nn.models.programs import classification, regression
