@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from continual_scenarios import (
@@ -20,14 +19,13 @@ from continual_scenarios import (
     Scenario,
     validation_data,
 )
-from continual_settings import BATCH_SIZE, CURVATURE_EXAMPLES, LEARNING_RATES, PRIOR_SCALE, Budget, minibatch
+from continual_settings import BATCH_SIZE, CURVATURE_EXAMPLES, LEARNING_RATES, Budget, minibatch
 
 import ssm_nn
 from ssm_nn import ByPath, PerTask, Task
 from ssm_nn.extraction import describe
 from ssm_nn.inference import Diagonal, Kronecker, KroneckerCurvature, LaplaceFilter, Lbfgs, Minibatch, SketchedCurvature
 from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.predictive import Linearised, predict_from
 from ssm_nn.models.datasets import Dataset, load
 from ssm_nn.models.networks import cnn, mlp
 from ssm_nn.models.programs import classification
@@ -114,7 +112,12 @@ class Bench:
         return self.scenario.world if self.scenario.whole_matrix else STATIC_WORLD
 
     def engine(
-        self, structure: Any, power: float = 1.0, world: str | None = None, spread: float = 0.0
+        self,
+        structure: Any,
+        power: float = 1.0,
+        world: str | None = None,
+        spread: float = 0.0,
+        strength: float = 1.0,
     ) -> LaplaceFilter:
         """The filter of a structure; equal arguments share what is compiled, whatever the power.
 
@@ -123,18 +126,20 @@ class Bench:
             power: of the likelihood.
             world: what the program is told, another than the scenario's.
             spread: of the draws over which a Kronecker curvature is averaged.
+            strength: how often a Kronecker belief keeps the curvature.
         """
         search = Lbfgs() if self.small else self.minibatch
-        return self._engine(structure, search, self.scenario.world if world is None else world, spread).with_power(
-            power
-        )
+        told = self.scenario.world if world is None else world
+        return self._engine(structure, search, told, spread, strength).with_power(power)
 
     def joint_trainer(self, num_examples: int) -> LaplaceFilter:
         """``trainer`` with the optimiser's schedule for so many examples together."""
         return self._engine(Diagonal(), self.minibatch_for(num_examples), self.untold_world)
 
-    def _engine(self, structure: Any, estimator: Any, world: str, spread: float = 0.0) -> LaplaceFilter:
-        return engine_of(world, self.shape, structure, estimator, spread)
+    def _engine(
+        self, structure: Any, estimator: Any, world: str, spread: float = 0.0, strength: float = 1.0
+    ) -> LaplaceFilter:
+        return engine_of(world, self.scenario.prior_scale, self.shape, structure, estimator, spread, strength)
 
     @cached_property
     def trainer(self) -> LaplaceFilter:
@@ -143,12 +148,6 @@ class Bench:
 
     def judge(self, belief: Belief, task: Task) -> tuple[float, float]:
         """Accuracy and NLL (nats an example) on a test task."""
-        if self.scenario.draws:
-            engine = self.trainer
-            method = Linearised(self.scenario.draws)
-            site = predict_from(engine.program, engine.hypers, belief, task, method=method)["y"]
-            chosen = np.argmax(np.asarray(site.probabilities), axis=-1)
-            return float(np.mean(chosen == np.asarray(task["y"]))), -float(np.mean(np.asarray(site.log_density)))
         right, density = _at_mean(self._bind, self._layout, belief.mean, dict(task))
         return float(right), -float(density)
 
@@ -194,22 +193,24 @@ def network_of(shape: Shape) -> tuple[Any, Any]:
 
 
 @cache
-def program_of(world: str, shape: Shape) -> Callable[..., None]:
+def program_of(world: str, prior_scale: float, shape: Shape) -> Callable[..., None]:
     """The program of a world."""
     if world == STATIC_WORLD:
-        return classification(network_of(shape), PRIOR_SCALE, shape.groups)
-    return _told_program(network_of(shape), world)
+        return classification(network_of(shape), prior_scale, shape.groups)
+    return _told_program(network_of(shape), prior_scale, world)
 
 
 @cache
-def engine_of(world: str, shape: Shape, structure: Any, estimator: Any, spread: float) -> LaplaceFilter:
+def engine_of(
+    world: str, prior_scale: float, shape: Shape, structure: Any, estimator: Any, spread: float, strength: float
+) -> LaplaceFilter:
     """Compiled once for all methods and scenarios that share it; its weights stand still."""
     if isinstance(structure, Kronecker):
-        curvature: Any = KroneckerCurvature(CURVATURE_EXAMPLES, spread)
+        curvature: Any = KroneckerCurvature(CURVATURE_EXAMPLES, spread, strength)
     else:
         curvature = SketchedCurvature(CURVATURE_EXAMPLES)
     return LaplaceFilter(
-        program_of(world, shape),
+        program_of(world, prior_scale, shape),
         structure,
         hypers={f"noise.{name}": 0.0 for name in shape.groups} if world == STATIC_WORLD else {},
         estimator=estimator,
@@ -217,7 +218,7 @@ def engine_of(world: str, shape: Shape, structure: Any, estimator: Any, spread: 
     )
 
 
-def _told_program(network: Any, world: str) -> Callable[[Any], None]:
+def _told_program(network: Any, prior_scale: float, world: str) -> Callable[[Any], None]:
     """Weights that move by the task's known step; logits of the classes that the task has."""
 
     def kernel(context: Mapping[str, Array]) -> ByPath:
@@ -233,7 +234,7 @@ def _told_program(network: Any, world: str) -> Callable[[Any], None]:
         net = ssm_nn.weights(
             "net",
             network,
-            prior=dist.Normal(0.0, PRIOR_SCALE),
+            prior=dist.Normal(0.0, prior_scale),
             transition=PerTask(kernel, tasks.context) if known else Static(),
             num_tasks=len(tasks),
         )

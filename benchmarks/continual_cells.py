@@ -84,13 +84,12 @@ def settings_of(scenario: Scenario, method: Method, seed: int, budget: Budget, c
         "num_tasks": scenario.num_tasks,
         "examples": scenario.examples,
         "test_examples": scenario.test_examples,
-        "draws": scenario.draws,
         "validation_tasks": scenario.validation_tasks,
         "method": method.name,
         "seed": seed,
         **({"middle_missing": True} if scenario.middle_missing else {}),
         **chosen,
-        "common": common(budget),
+        "common": common(budget) | {"prior_scale": scenario.prior_scale},
     }
 
 

@@ -79,9 +79,9 @@ def method_of(name: str, smoothed: bool = False) -> Method:
         return Method(name, _kronecker_static, powers, "power")
     if name == "kronecker-spread":
         return Method(name, _kronecker_spread, SPREADS, "spread")
-    if name.startswith("kronecker-spread-power-"):
-        power = float(name.removeprefix("kronecker-spread-power-"))
-        return Method(name, lambda bench, spread: _kronecker_spread(bench, spread, power), (SPREADS[1],), "spread")
+    if name.startswith("kronecker-strength-"):
+        strength = float(name.removeprefix("kronecker-strength-"))
+        return Method(name, lambda bench, spread: _kronecker_spread(bench, spread, strength), (SPREADS[0],), "spread")
     if name == "kronecker-known":
         return Method(name, lambda bench, power: bench.engine(Kronecker(), power), (1.0,), "power")
     if name == "kronecker-learnt":
@@ -110,9 +110,9 @@ def _kronecker_static(bench: Bench, power: float) -> LaplaceFilter:
     return bench.engine(Kronecker(), power, bench.untold_world)
 
 
-def _kronecker_spread(bench: Bench, spread: float, power: float = 1.0) -> LaplaceFilter:
-    """Curvature averaged over draws from the belief, instead of the likelihood's power or beside it."""
-    return bench.engine(Kronecker(), power, bench.untold_world, spread)
+def _kronecker_spread(bench: Bench, spread: float, strength: float = 1.0) -> LaplaceFilter:
+    """Curvature averaged over draws from the belief, instead of the likelihood's power; kept ``strength`` times."""
+    return bench.engine(Kronecker(), 1.0, bench.untold_world, spread, strength)
 
 
 def _kronecker_walk(bench: Bench, noise: float) -> LaplaceFilter:

@@ -24,7 +24,7 @@ import numpy as np
 
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows
-from ssm_nn.inference.checks import check_count, check_finite
+from ssm_nn.inference.checks import check_count, check_finite, check_positive
 from ssm_nn.inference.curvature import Information, columns, random_column, sampled_gradient
 from ssm_nn.inference.layer_passes import LayerPasses, layers_of
 from ssm_nn.inference.structures import Cut, LowRank
@@ -158,16 +158,23 @@ class KroneckerCurvature:
     mode's curvature from a part of the examples: s trades the task just learnt for those before it. Weights outside the
     layers keep the mode's.
 
+    The belief keeps the information ``strength`` times. Above 1, many tasks are forgotten more slowly, and new ones learnt
+    less well; the weights of a task's own search, and its evidence, are those of strength 1. It is what ``strength`` is to
+    elastic weight consolidation. The engine's power, in contrast, counts the likelihood in search and information alike.
+
     Args:
         examples: drawn from the task and scaled up to it; a task of fewer is used whole.
         spread: s >= 0; 0 is Laplace's approximation.
+        strength: > 0; 1 is Laplace's approximation.
     """
 
     examples: int = 10_000
     spread: float = 0.0
+    strength: float = 1.0
 
     def __post_init__(self):
         check_finite(0.0, spread=self.spread)
+        check_positive(strength=self.strength)
         check_count(examples=self.examples)
 
     def gather(
@@ -188,7 +195,7 @@ class KroneckerCurvature:
         sides = passes.sides()
         blocks = []
         for block, (inputs, outputs), layer in zip(predicted.blocks, sides, passes.layers, strict=True):
-            share = scale / (counted * layer.positions)
+            share = self.strength * scale / (counted * layer.positions)
             new = inputs * (jnp.trace(outputs) * share), outputs * (jnp.trace(inputs) * share)
             blocks.append(EigenBlock(*common_basis([block.traces(), new]), block.values))
         blocks = [
@@ -200,7 +207,14 @@ class KroneckerCurvature:
             cut = self._rest(space, structure, theta, task, predicted, chosen, each, rest_key)
             rest, share = _scaled(cut.precision, scale), cut.dropped_share
         site = replace(predicted, blocks=tuple(blocks), rest=rest)
-        return Information(site, predicted.absorb(site).logdet() - predicted.logdet(), share)
+        gain = predicted.absorb(site).logdet() - predicted.logdet()
+        return Information(self._strengthened(site), gain, share)
+
+    def _strengthened(self, site: KroneckerEigen) -> KroneckerEigen:
+        if self.strength == 1:
+            return site
+        blocks = tuple(block._replace(values=self.strength * block.values) for block in site.blocks)
+        return replace(site, blocks=blocks, rest=_scaled(site.rest, self.strength))
 
     def _draws(
         self, space: StateSpace, structure: Any, theta: Array, task: Task, predicted: Any, power: Array, key: Array
@@ -252,5 +266,5 @@ class KroneckerCurvature:
         return Cut(site, jnp.max(shares))
 
 
-def _scaled(site: DiagonalPlusLowRank, scale: Array) -> DiagonalPlusLowRank:
+def _scaled(site: DiagonalPlusLowRank, scale: Array | float) -> DiagonalPlusLowRank:
     return DiagonalPlusLowRank(site.diagonal * scale, site.factor * jnp.sqrt(scale))

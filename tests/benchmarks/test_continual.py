@@ -5,6 +5,7 @@ import io
 import math
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,11 @@ def test_other_settings_make_other_cells(finished, monkeypatch, tmp_path):
     method = method_of("ewc")
     store = continual_cells.Store(out / "cells")
     settings = continual_cells.settings_of(DIGITS, method, 0, TINY, Choice(10.0, 1e-2))
-    monkeypatch.setattr(continual_settings, "PRIOR_SCALE", 1e-4)
+    narrower = replace(DIGITS, prior_scale=1e-4)
+    assert store.path(continual_cells.settings_of(narrower, method, 0, TINY, Choice(10.0, 1e-2))) != store.path(
+        settings
+    )
+    monkeypatch.setattr(continual_settings, "CURVATURE_EXAMPLES", 7)
     assert store.path(continual_cells.settings_of(DIGITS, method, 0, TINY, Choice(10.0, 1e-2))) != store.path(settings)
 
 

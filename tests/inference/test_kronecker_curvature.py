@@ -1,6 +1,7 @@
 """The curvature of a task in Kronecker form against the dense Gauss-Newton matrix, and what comes out of a posterior."""
 
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -194,6 +195,33 @@ def test_masked_examples_count_for_nothing(name):
         jax.tree.map(lambda a: a[0], case_of(name, task).kronecker(1000, keys(1)).site) for task in (None, padded)
     )
     assert_close(plain.to_dense(), masked.to_dense(), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["dense", "with a rest"])
+def test_strength_keeps_the_site_of_that_power_and_the_evidence_of_its_share(name):
+    case, one = case_of(name), keys(1)[0]
+
+    def gathered(strength, power):
+        curvature = KroneckerCurvature(1000, strength=strength)
+        return curvature.gather(case.space, case.structure, case.theta, case.task, case.predicted, power, one)
+
+    strong, powerful = jax.jit(lambda: (gathered(3.0, 1.0), gathered(1.0, 3.0)))()
+    assert_close(strong.site.to_dense(), powerful.site.to_dense(), 1e-9)
+    third = replace(
+        strong.site,
+        blocks=tuple(block._replace(values=block.values / 3) for block in strong.site.blocks),
+        rest=strong.site.rest._replace(
+            diagonal=strong.site.rest.diagonal / 3, factor=strong.site.rest.factor / np.sqrt(3)
+        ),
+    )
+    expected = case.predicted.absorb(third).logdet() - case.predicted.logdet()
+    np.testing.assert_allclose(float(strong.logdet_gain), float(expected), rtol=1e-9)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
+def test_a_strength_that_is_not_positive_is_refused(strength):
+    with pytest.raises(ValueError, match=r"strength is .*; .* accepted"):
+        KroneckerCurvature(strength=strength)
 
 
 def test_power_counts_the_likelihood_so_often():
