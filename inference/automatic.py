@@ -37,15 +37,20 @@ class AutomaticEstimator:
 
     def bind(self, program: Any) -> Callable[[MapProblem, Array, Array], MapResult]:
         """The minimiser for ``program``; which one runs depends on the shapes of the problem alone."""
-        small, medium, large = (one.bind(program) for one in (self.small, self.medium, self.large))
+        bound = [(one, one.bind(program)) for one in (self.small, self.medium, self.large)]
 
         def run(problem: MapProblem, start: Array, key: Array) -> MapResult:
-            examples = problem.task.num_examples
-            if start.shape[0] * examples * _columns(program, problem) <= _SMALL_COLUMNS:
-                return small(problem, start, key)
-            return (medium if examples <= _ONE_BATCH else large)(problem, start, key)
+            chosen = self.choice(program, problem)
+            return next(search for one, search in bound if one is chosen)(problem, start, key)
 
         return run
+
+    def choice(self, program: Any, problem: MapProblem) -> GaussNewton | Lbfgs | Minibatch:
+        """The estimator for a problem of this shape."""
+        examples = problem.task.num_examples
+        if problem.mean.shape[0] * examples * _columns(program, problem) <= _SMALL_COLUMNS:
+            return self.small
+        return self.medium if examples <= _ONE_BATCH else self.large
 
 
 def _columns(program: Any, problem: MapProblem) -> int:

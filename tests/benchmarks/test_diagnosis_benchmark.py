@@ -1,0 +1,23 @@
+"""The diagnosis benchmark at a tiny size: a finished row is read, and both methods are shown side by side."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # commands, no package
+
+import diagnosis
+
+
+@pytest.mark.slow
+def test_rows_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
+    sizes = ["--tasks", "3", "--examples", "5", "--draws", "60", "--warmup", "60", "--out", str(tmp_path)]
+    diagnosis.main(["--weights", "4", *sizes])
+    rows = list(csv.DictReader((tmp_path / "marginalize.csv").open()))
+    assert [row["method"] for row in rows] == ["marginalized", "full"]
+    assert all(float(row["seconds_per_effective"]) > 0 for row in rows)
+    monkeypatch.setattr(diagnosis, "measured", lambda *_: pytest.fail("measured again"))
+    diagnosis.main(["--weights", "4", *sizes])
+    assert "marginalized" in capsys.readouterr().out
