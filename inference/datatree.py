@@ -1,7 +1,8 @@
-"""A posterior as an ArviZ DataTree.
+"""A posterior as an ArviZ DataTree; the same groups, dimensions and names for every engine.
 
     posterior             draws of every leaf: chain, draw, task, and the leaf's named axes
-    sample_stats          log_q, the log density of each draw under the smoother; with tasks lp, its log joint density
+    sample_stats          log_q, the log density of each draw under the posterior; lp, its log joint density, where tasks are
+                          given and draws are of whole trajectories
     filtered, smoothed    mean and sd of every leaf, by task
     filter_stats          what the filter said of every task: log evidence, gradient norm, ...
     hypers                the hyper-parameters at which the engine ran
@@ -24,93 +25,128 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import Layout
-from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.beliefs import Belief, Filtered
 from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.draws import collect, observed_values, posterior_draw, prior_draw
+from ssm_nn.inference.marginals import Marginals, marginals_of
 from ssm_nn.inference.smoothing import Smoothed, filter_statistics
 from ssm_nn.tasks import Task, Tasks, stack_tasks
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["to_datatree"]
+__all__ = ["TreeMaker", "as_dataset", "to_datatree"]
 
 Array = Any
 
-_SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior", "prior_predictive")
+SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior", "prior_predictive")
 
 
 def to_datatree(
-    smoothed: Smoothed,
+    posterior: Smoothed | Filtered | Marginals,
     *,
     num_samples: int = 200,
     key: Array | int = 0,
     tasks: Tasks | Iterable[Task | Mapping[str, Any]] | None = None,
     keep: Sequence[str] = ("*",),
 ) -> xarray.DataTree:
-    """The smoothed posterior with its draws, diagnostics and, where ``tasks`` are given, predictions and likelihoods.
+    """The posterior with its draws, diagnostics and, where ``tasks`` are given, predictions and likelihoods.
 
     Args:
-        smoothed: what ``LaplaceFilter.smooth`` returned.
-        num_samples: draws of whole trajectories; chain is 1.
+        posterior: what ``smooth`` returned; or the filter's beliefs, ``run``'s, or Marginals, whose tasks are drawn
+            independently, so that there is no ``lp``.
+        num_samples: draws of all tasks together; chain is 1.
         key: of the draws; a whole number is taken as a seed.
         tasks: the tasks in order, for the groups that need data.
         keep: patterns of the sites whose draws are stored, such as ``["net.output.*"]``; draws of all weights of a large
-            network need T P num_samples numbers on the host. Means, deviations and predictions are of all weights anyway.
+            network need T P num_samples numbers on the host (``write_datatree`` holds a chunk of them at a time). Means,
+            deviations and predictions are of all weights anyway.
 
     Returns:
         An ``xarray.DataTree``; store it with ``to_netcdf`` or ``to_zarr``.
+
+    Raises:
+        ValueError: for another kind of posterior, another number of tasks, patterns that fit no site.
     """
     import xarray
 
-    check_count(num_samples=num_samples)
-    stack = None if tasks is None else stack_tasks(tasks)
-    if stack is not None and len(stack) != len(smoothed):
-        raise ValueError(f"tasks holds {len(stack)} tasks, but the posterior has {len(smoothed)}")
-    key = jax.random.key(key) if isinstance(key, int) else key
-    posterior_key, prior_key = jax.random.split(key)
-    layout = smoothed.layout
-    kept = frozenset(site.name for site in layout.sites if any(fnmatchcase(site.name, pattern) for pattern in keep))
-    if not kept:
-        raise ValueError(f"keep is {list(keep)}, which fits none of {', '.join(site.name for site in layout.sites)}")
+    maker = TreeMaker(posterior, num_samples, key, tasks, keep)
+    return xarray.DataTree.from_dict({**maker.sampled(0, num_samples), **maker.fixed()})
 
-    values: dict[str, dict[str, Any]] = collect(
-        posterior_draw(smoothed, stack, kept), jax.random.split(posterior_key, num_samples)
-    )
-    if stack is not None:
-        values |= collect(prior_draw(smoothed, stack, kept), jax.random.split(prior_key, num_samples))
-    values["filtered"], summary_dims = _summaries(smoothed.filtered.beliefs, layout)
-    values["smoothed"], _ = _summaries(smoothed.beliefs, layout)
-    values["filter_stats"] = filter_statistics(smoothed.filtered.infos)
-    if smoothed.hypers:
-        values["hypers"] = smoothed.hypers
-    if stack is not None:
-        values["observed_data"] = observed_values(smoothed.program, smoothed.hypers, stack, smoothed.means[0])
-        values["constant_data"] = _constants(stack, values["observed_data"])
 
-    leaf_dims = {site.name: [] if site.frozen else ["task"] for site in layout.sites}
-    leaf_dims = {site.name: leaf_dims[site.name] + _axes(site.name, len(site.shape)) for site in layout.sites}
-    groups = {}
-    for group, named in values.items():
-        arrays = {name: np.asarray(value) for name, value in named.items()}
-        dims = {
-            name: leaf_dims.get(name) or summary_dims.get(name) or _data_dims(group, name, array.ndim)
-            for name, array in arrays.items()
+class TreeMaker:
+    """The groups of a tree, the draws among them in any portions; arguments as for ``to_datatree``."""
+
+    def __init__(
+        self, posterior: Any, num_samples: int, key: Array | int, tasks: Any, keep: Sequence[str] = ("*",)
+    ) -> None:
+        check_count(num_samples=num_samples)
+        if not isinstance(posterior, Smoothed | Filtered | Marginals):
+            raise ValueError(
+                f"posterior is {type(posterior).__name__}; what smooth, run or posterior_of returned is accepted"
+            )
+        self.posterior = marginals_of(posterior) if isinstance(posterior, Filtered) else posterior
+        self.stack = None if tasks is None else stack_tasks(tasks)
+        if self.stack is not None and len(self.stack) != len(posterior):
+            raise ValueError(f"tasks holds {len(self.stack)} tasks, but the posterior has {len(posterior)}")
+        sites = self.posterior.layout.sites
+        kept = frozenset(site.name for site in sites if any(fnmatchcase(site.name, pattern) for pattern in keep))
+        if not kept:
+            raise ValueError(f"keep is {list(keep)}, which fits none of {', '.join(site.name for site in sites)}")
+        posterior_key, prior_key = jax.random.split(jax.random.key(key) if isinstance(key, int) else key)
+        self._draws = [(posterior_draw(self.posterior, self.stack, kept), posterior_key)]
+        if self.stack is not None:
+            self._draws.append((prior_draw(self.posterior, self.stack, kept), prior_key))
+        self._num_samples = num_samples
+        self._leaf_dims = {
+            site.name: ([] if site.frozen else ["task"]) + _axes(site.name, len(site.shape)) for site in sites
         }
+
+    def sampled(self, start: int, stop: int) -> dict[str, xarray.Dataset]:
+        """Place -> data set of the draws from ``start`` to ``stop``; the same whatever the portions."""
+        values: dict[str, Any] = {}
+        for draw, key in self._draws:
+            values |= collect(draw, jax.random.split(key, self._num_samples)[start:stop])
+        made = {f"/{group}": self._dataset(group, named, {}) for group, named in values.items()}
+        return {place: dataset.assign_coords(draw=np.arange(start, stop)) for place, dataset in made.items()}
+
+    def fixed(self) -> dict[str, xarray.Dataset]:
+        """Place -> data set of all that is not drawn."""
+        posterior = self.posterior
+        values: dict[str, Any] = {}
+        filtered = posterior.filtered.beliefs if isinstance(posterior, Smoothed) else posterior.beliefs
+        values["filtered"], dims = _summaries(filtered, posterior.layout)
+        if isinstance(posterior, Smoothed):
+            values["smoothed"], _ = _summaries(posterior.beliefs, posterior.layout)
+            values["filter_stats"] = filter_statistics(posterior.filtered.infos)
+        elif posterior.statistics:
+            values["filter_stats"] = posterior.statistics
+        if posterior.hypers:
+            values["hypers"] = posterior.hypers
+        if self.stack is not None:
+            theta = posterior.beliefs[0].mean
+            values["observed_data"] = observed_values(posterior.program, posterior.hypers, self.stack, theta)
+            values["constant_data"] = _constants(self.stack, values["observed_data"])
+        return {f"/{group}": self._dataset(group, named, dims) for group, named in values.items()}
+
+    def _dataset(self, group: str, named: Mapping[str, Any], summary_dims: Mapping[str, list[str]]) -> xarray.Dataset:
+        arrays = {name: np.asarray(value) for name, value in named.items()}
         if group in ("posterior", "prior"):
-            dims = {name: leaf_dims[name] for name in arrays}
-        groups[f"/{group}"] = _dataset(arrays, dims, np.arange(len(smoothed)), sampled=group in _SAMPLED)
-    return xarray.DataTree.from_dict(groups)
+            dims = {name: self._leaf_dims[name] for name in arrays}
+        else:
+            dims = {n: summary_dims.get(n) or _data_dims(group, n, array.ndim) for n, array in arrays.items()}
+        return as_dataset(arrays, dims, len(self.posterior), sampled=group in SAMPLED)
 
 
-def _dataset(
-    arrays: Mapping[str, np.ndarray], dims: Mapping[str, list[str]], tasks: np.ndarray, *, sampled: bool
-) -> Any:
+def as_dataset(
+    arrays: Mapping[str, np.ndarray], dims: Mapping[str, list[str]], num_tasks: int, *, sampled: bool
+) -> xarray.Dataset:
+    """Arrays with named dimensions; those that are sampled have the draws first, and get the dimension chain."""
     from arviz_base import dict_to_dataset
 
     return dict_to_dataset(
         {name: array[None] if sampled else array for name, array in arrays.items()},
-        coords={"task": tasks},
+        coords={"task": np.arange(num_tasks)},
         dims={name: tuple(axes) for name, axes in dims.items()},
         sample_dims=["chain", "draw"] if sampled else [],
     )
@@ -126,7 +162,7 @@ def _data_dims(group: str, name: str, rank: int) -> list[str]:
         return _axes(name, rank)
     if group == "constant_data" and name.startswith("context."):
         return ["task", *_axes(name, rank - 1)]
-    left = rank - (group in _SAMPLED)
+    left = rank - (group in SAMPLED)
     return ["task", "example"][:left] + _axes(name, left - 2)
 
 

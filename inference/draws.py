@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import Layout, Program, extract, path_distributions
+from ssm_nn.inference.marginals import Marginals
 from ssm_nn.inference.smoothing import Smoothed
 from ssm_nn.tasks import Task, Tasks
 
@@ -36,27 +37,30 @@ def collect(draw: Callable[[Array], Draw], keys: Array) -> dict[str, dict[str, n
     return {group: {name: np.stack(values) for name, values in named.items()} for group, named in groups.items()}
 
 
-def posterior_draw(smoothed: Smoothed, stack: Tasks | None, kept: frozenset[str]) -> Callable[[Array], Draw]:
-    """One trajectory of the smoother by key, its sites in ``kept``, and with tasks its replicated data and densities."""
+def posterior_draw(
+    posterior: Smoothed | Marginals, stack: Tasks | None, kept: frozenset[str]
+) -> Callable[[Array], Draw]:
+    """One draw of all tasks by key, its sites in ``kept``, and with tasks its replicated data and densities."""
 
     def draw(key: Array) -> Draw:
         path_key, data_key = jax.random.split(key)
-        path = smoothed.sample_path(path_key)
-        made: Draw = {
-            "posterior": _without_still_axis(smoothed.layout, path, kept),
-            "sample_stats": {"log_q": smoothed.log_density(path)},
-        }
+        path = posterior.sample_path(path_key)
+        made: Draw = {"posterior": _without_still_axis(posterior.layout, path, kept)}
+        log_q = posterior.log_density(path)
+        if log_q is not None:
+            made["sample_stats"] = {"log_q": log_q}
         if stack is not None:
-            program, hypers = smoothed.program, smoothed.hypers
+            program, hypers = posterior.program, posterior.hypers
             replicated, density, total = _of_data(program, hypers, stack, path, data_key)
             made["posterior_predictive"], made["log_likelihood"] = replicated, density
-            made["sample_stats"]["lp"] = total + _path_log_prob(program, smoothed.layout, hypers, stack, path)
+            if isinstance(posterior, Smoothed):
+                made["sample_stats"]["lp"] = total + _path_log_prob(program, posterior.layout, hypers, stack, path)
         return made
 
     return draw
 
 
-def prior_draw(smoothed: Smoothed, stack: Tasks, kept: frozenset[str]) -> Callable[[Array], Draw]:
+def prior_draw(smoothed: Smoothed | Marginals, stack: Tasks, kept: frozenset[str]) -> Callable[[Array], Draw]:
     """One trajectory of the program's prior by key, its sites in ``kept``, and its replicated data."""
 
     def draw(key: Array) -> Draw:

@@ -9,6 +9,7 @@ from ssm_nn.inference.last_layer.active_learner import ActiveLearner, ActiveStat
 from ssm_nn.inference.last_layer.diagonal_head import DiagonalHead
 from ssm_nn.inference.last_layer.evidence import TunedHead, tune_head
 from ssm_nn.inference.last_layer.full_covariance import Full
+from ssm_nn.inference.last_layer.head_datatree import head_datatree
 from ssm_nn.inference.last_layer.head_likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from ssm_nn.inference.last_layer.head_predictions import AtMode, MeanField, MonteCarlo, Probit
 from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo
@@ -55,6 +56,7 @@ __all__ = [
     "TypiClust",
     "UpdateInfo",
     "feature_head",
+    "head_datatree",
     "network_head",
     "program_head",
     "smooth_head",

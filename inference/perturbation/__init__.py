@@ -9,6 +9,7 @@ from ssm_nn.inference.perturbation.graphs import Chain, Star, UncertainBase
 from ssm_nn.inference.perturbation.joint import train_jointly
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
 from ssm_nn.inference.perturbation.state import PerturbationState, Storage, UpdateInfo
+from ssm_nn.inference.perturbation.task_posteriors import posterior_of
 
 __all__ = [
     "AllTasks",
@@ -34,5 +35,6 @@ __all__ = [
     "UncertainBase",
     "UpdateInfo",
     "Whitened",
+    "posterior_of",
     "train_jointly",
 ]

@@ -133,6 +133,21 @@ class OwnPrecision:
         shifts = [jax.random.normal(k, v.shape, v.dtype) / jnp.sqrt(v) for k, v in zip(keys, leaves, strict=True)]
         return jax.jvp(self._theta, (self.own,), (jax.tree.unflatten(treedef, shifts),))[1]
 
+    def variance(self) -> Array:
+        """``diag(d theta / d z P^-1 (d theta / d z)^T)`` (P,): of ``s w r + v u`` the four squares, each with its variance."""
+        spread = jax.tree.map(lambda p: 1 / p, self.values)
+        made = self.kind.arrays(spread, self.around._replace(base=jax.tree.map(jnp.zeros_like, self.around.base)))
+        still = jax.tree.map(jnp.square, self.kind.arrays(self.own, self.around))
+        for block, z, v in zip(self.kind.blocks, self.own.factors, spread.factors, strict=True):
+            squares = jax.tree.map(jnp.square, z)
+            first = squares._replace(inputs=v.inputs, left=v.left)
+            second = squares._replace(outputs=v.outputs, right=v.right)
+            network, path = block.name
+            kernel = still[network][path]
+            made[network][path] = block.compose(kernel, first) + block.compose(kernel, second)
+        layout = extract(self.kind.program, self.example, self.around.hypers).layout
+        return layout.packed(made)
+
 
 def own_belief(
     kind: Perturbed, own: OwnParameters, around: Surroundings, task: Task, theta: Array, key: Array, examples: int

@@ -10,7 +10,14 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-LONG = {"02_kernels_and_shift", "04_forgetting_and_uncertainty", "05_last_layer", "06_what_ranks_say"}  # minutes
+LONG = {  # minutes
+    "02_kernels_and_shift",
+    "03_filtering_and_smoothing",
+    "04_forgetting_and_uncertainty",
+    "05_last_layer",
+    "06_what_ranks_say",
+    "08_own_engine_and_kernel",
+}
 
 
 @pytest.mark.parametrize(
