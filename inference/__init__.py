@@ -3,14 +3,19 @@
 from ssm_nn.inference.adaptive_noise import AdaptiveFilter
 from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info
 from ssm_nn.inference.curvature import ExactCurvature
+from ssm_nn.inference.datatree import to_datatree
+from ssm_nn.inference.datatree_store import write_datatree
 from ssm_nn.inference.evidence_gradient import EvidenceGradient, maximise_evidence
 from ssm_nn.inference.expectation_maximisation import learn_kernel
 from ssm_nn.inference.gauss_newton import GaussNewton
+from ssm_nn.inference.histories import InMemory, OnDisk, OnHost
 from ssm_nn.inference.kernel_profile import profile_kernel
 from ssm_nn.inference.kronecker import Kronecker, KroneckerCurvature
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
+from ssm_nn.inference.marginals import Marginals, marginals_of
 from ssm_nn.inference.minibatch import Minibatch
+from ssm_nn.inference.observations import without_masked
 from ssm_nn.inference.posterior import Posterior
 from ssm_nn.inference.predictive import AtMean, Linearised, Prediction, ThroughNetwork, predict
 from ssm_nn.inference.sketch import SketchedCurvature
@@ -30,6 +35,7 @@ __all__ = [
     "FilterWarning",
     "Filtered",
     "GaussNewton",
+    "InMemory",
     "Info",
     "Kronecker",
     "KroneckerCurvature",
@@ -37,7 +43,10 @@ __all__ = [
     "Lbfgs",
     "Linearised",
     "LowRank",
+    "Marginals",
     "Minibatch",
+    "OnDisk",
+    "OnHost",
     "Posterior",
     "Prediction",
     "SketchedCurvature",
@@ -45,7 +54,11 @@ __all__ = [
     "TaskMemory",
     "ThroughNetwork",
     "learn_kernel",
+    "marginals_of",
     "maximise_evidence",
     "predict",
     "profile_kernel",
+    "to_datatree",
+    "without_masked",
+    "write_datatree",
 ]

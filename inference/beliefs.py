@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from ssm_nn.extraction import Layout, Program
+from ssm_nn.inference.histories import History
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE
 from ssm_nn.inference.structures import Structure
 from ssm_nn.moments import Moments
@@ -110,17 +112,26 @@ class Filtered:
         program, layout, hypers, structure: what they belong to.
         beliefs: one Belief a task.
         infos: one Info a task.
+        history: where they are read from, where that is not the device's memory.
     """
 
     program: Program
     layout: Layout
     hypers: dict[str, Array]
     structure: Structure
-    beliefs: tuple[Belief, ...]
-    infos: tuple[Info, ...]
+    beliefs: Sequence[Belief]
+    infos: Sequence[Info]
+    history: History | None = None
 
     def __len__(self) -> int:
         return len(self.beliefs)
+
+    def entry(self, t: int) -> tuple[Belief, Info]:
+        """Belief and Info of task ``t``, read once."""
+        if self.history is None:
+            return self.beliefs[t], self.infos[t]
+        state, info = self.history.get(range(len(self))[t])
+        return Belief(state.mean, state.precision), info
 
     @property
     def log_evidence(self) -> float:

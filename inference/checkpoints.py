@@ -29,6 +29,10 @@ _RAW = {
 }  # how an extension type (bfloat16, float8) lies in the file, which knows none of them
 
 
+# what reading a damaged archive raises; MemoryError where its header asks for an array of any size
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, MemoryError, zipfile.BadZipFile)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing, cut short, altered, or of another structure."""
 
@@ -77,7 +81,8 @@ def load[Tree](path: str | Path, like: Tree) -> Tree:
 
     Args:
         path: the file.
-        like: a pytree of the same structure, shapes and dtypes; its values are not read.
+        like: a pytree of the same structure, shapes and dtypes; its values are not read. A ``jax.ShapeDtypeStruct`` stands
+            for a JAX array, laid out by its sharding where it has one.
 
     Returns:
         The tree; a leaf is a JAX array, a NumPy array or a Python number as its leaf in ``like`` is.
@@ -94,11 +99,11 @@ def load[Tree](path: str | Path, like: Tree) -> Tree:
             digest = str(file[_DIGEST])
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read, it is cut short or altered: {error}") from error
     if _digest(structure, arrays) != digest:
         raise CheckpointError(f"the checkpoint {path} is altered: its sha256 does not fit its content")
-    wanted, _ = _flatten(like)
+    wanted = [_description(*leaf)[0] for leaf in jax.tree_util.tree_flatten_with_path(like)[0]]
     if len(wanted) != len(described):
         raise CheckpointError(f"the checkpoint {path} has {len(described)} leaves, where {len(wanted)} are expected")
     for found, expected in zip(described, wanted, strict=True):
@@ -113,21 +118,30 @@ def _flatten(tree: Any) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
     """A description of every leaf (path, kind, dtype, shape), and its bits as an array that npz can hold."""
     described, arrays = [], []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        kind = next((word for scalar, word in _SCALARS.items() if type(leaf) is scalar), None)
-        if kind is not None:
-            array = np.asarray(leaf)
-        elif isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            kind, array = f"key {jax.random.key_impl(leaf)}", np.asarray(jax.random.key_data(leaf))
-        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
-            kind, array = "array", np.asarray(leaf)
-        else:
-            raise ValueError(f"tree holds {type(leaf).__name__} at {name!r}; arrays, keys and numbers are accepted")
+        note, value = _description(path, leaf)
+        array = np.asarray(value)
         if array.dtype.hasobject:
-            raise ValueError(f"tree holds an array of Python objects at {name!r}; arrays of numbers are accepted")
-        described.append({"path": name, "kind": kind, "dtype": str(array.dtype), "shape": list(array.shape)})
+            raise ValueError(
+                f"tree holds an array of Python objects at {note['path']!r}; arrays of numbers are accepted"
+            )
+        described.append(note)
         arrays.append(array.view(_RAW[array.itemsize]) if array.dtype.kind == "V" else array)
     return described, arrays
+
+
+def _description(path: Any, leaf: Any) -> tuple[dict[str, Any], Any]:
+    """Path, kind, dtype and shape of a leaf, and what holds its numbers."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    kind, value = next((word for scalar, word in _SCALARS.items() if type(leaf) is scalar), None), leaf
+    if kind is not None:
+        value = np.asarray(leaf)
+    elif isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        kind, value = f"key {jax.random.key_impl(leaf)}", jax.random.key_data(leaf)
+    elif isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        kind = "array"
+    else:
+        raise ValueError(f"tree holds {type(leaf).__name__} at {name!r}; arrays, keys and numbers are accepted")
+    return {"path": name, "kind": kind, "dtype": str(value.dtype), "shape": list(value.shape)}, value
 
 
 def _as_leaf(array: np.ndarray, like: Any, note: Mapping[str, Any]) -> Any:
@@ -138,14 +152,16 @@ def _as_leaf(array: np.ndarray, like: Any, note: Mapping[str, Any]) -> Any:
         return jax.random.wrap_key_data(jnp.asarray(array), impl=note["kind"].removeprefix("key "))
     if isinstance(like, np.ndarray | np.generic):
         return array
-    return jnp.asarray(array)
+    sharding = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else None
+    return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
 
 def _digest(structure: str, arrays: list[np.ndarray]) -> str:
     total = hashlib.sha256(structure.encode())
     for array in arrays:
         total.update(f"{array.dtype.str}{array.shape}".encode())
-        total.update(np.ascontiguousarray(array).tobytes())
+        if array.size:  # nothing of an array is no buffer; otherwise read where it lies, without a copy
+            total.update(memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B"))
     return total.hexdigest()
 
 

@@ -10,15 +10,18 @@ arXiv 2410.06800.
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ssm_nn.extraction import Layout, Program, StateSpace, describe, extract
 from ssm_nn.inference.automatic import AutomaticEstimator
@@ -26,12 +29,15 @@ from ssm_nn.inference.batches import as_arrays, with_mask, without_masked
 from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info, predict_belief
 from ssm_nn.inference.checks import check_positive, check_support, check_task
 from ssm_nn.inference.curvature import Curvature, ExactCurvature
+from ssm_nn.inference.histories import History, InMemory, Recalled
 from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapEstimator, MapProblem, all_finite, norm
 from ssm_nn.inference.posterior import Posterior
+from ssm_nn.inference.sharding import ShardedProgram, checked_mesh, everywhere, on_mesh
 from ssm_nn.inference.smoothing import smooth
-from ssm_nn.inference.structures import LowRank, Structure
+from ssm_nn.inference.structures import Diagonal, LowRank, Structure
 from ssm_nn.moments import Moments
 from ssm_nn.tasks import Task, Tasks, as_task, each_task
+from ssm_nn.weight_mesh import along_weights
 
 __all__ = ["FilterWarning", "LaplaceFilter"]
 
@@ -57,6 +63,8 @@ class LaplaceFilter:
             ``KroneckerCurvature(...)`` with (and only with) ``Kronecker()``, whose default it is.
         power: how often the likelihood counts, > 0; 1 is Bayes' rule, 1 / power is the temperature of a cold posterior.
             With another power the evidence is that of the tempered likelihood.
+        mesh: a ``jax.sharding.Mesh``: beliefs are spread over its axis ``weights``, batches over its axis ``data``. For
+            ``LowRank`` and ``Diagonal``; weights lie in the order of ``inference.sharding.ShardedLayout``.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class LaplaceFilter:
         estimator: MapEstimator | None = None,
         curvature: Curvature | None = None,
         power: float = 1.0,
+        mesh: Mesh | None = None,
     ):
         if not callable(program):
             raise ValueError(f"program is {program!r}; a NumPyro program, a function of the tasks, is accepted")
@@ -76,22 +85,25 @@ class LaplaceFilter:
             raise ValueError(
                 f"structure is {structure!r}; LowRank(rank), Diagonal(), Dense() and Kronecker() are accepted"
             )
-        self.program = program
         self.structure = LowRank(20) if structure is None else structure
-        self.hypers = _strongly_typed(hypers or {})
+        if mesh is not None and not isinstance(self.structure, LowRank | Diagonal):
+            raise ValueError(f"mesh serves LowRank and Diagonal, not {self.structure}")
+        self.mesh = None if mesh is None else checked_mesh(mesh)
+        self.program = program if self.mesh is None else ShardedProgram(program, self.mesh)
+        self.hypers = everywhere(self.program, _strongly_typed(hypers or {}))
         self.estimator = AutomaticEstimator() if estimator is None else estimator
         self.curvature = curvature or self.structure.curvature() or ExactCurvature()
         self.power = float(power)
-        self._estimate = self.estimator.bind(program)
+        self._estimate = self.estimator.bind(self.program)
         self._first = jax.jit(self._first_belief)
         self._advance = jax.jit(self._predict)
         self._condition = jax.jit(self._laplace)
-        self._supported = jax.jit(lambda hypers, task: check_support(extract(program, task, hypers), task))
+        self._supported = jax.jit(lambda hypers, task: check_support(self._space(hypers, task), task))
 
     def with_hypers(self, hypers: Mapping[str, Any]) -> LaplaceFilter:
         """The same engine at other hyper-parameters; nothing is compiled again."""
         other = copy(self)
-        other.hypers = _strongly_typed(hypers)
+        other.hypers = everywhere(self.program, _strongly_typed(hypers))
         return other
 
     def with_power(self, power: float) -> LaplaceFilter:
@@ -113,8 +125,10 @@ class LaplaceFilter:
         check_task(task)
         # raises on values of the context that an abstract trace would not see; one example is enough for that
         extract(self.program, Task(jax.tree.map(lambda a: a[:1], task.data), task.context), self.hypers)
-        prior = self._first(self.hypers, as_arrays(task))
-        return FilterState(jnp.zeros((), jnp.int32), key, prior.mean, prior.precision)
+        with on_mesh(self.mesh):
+            prior = self._first(self.hypers, everywhere(self.program, as_arrays(task)))
+        step, key = everywhere(self.program, (jnp.zeros((), jnp.int32), key))
+        return FilterState(step, key, prior.mean, prior.precision)
 
     def update(self, state: FilterState, task: Task | Mapping[str, Any] | None) -> tuple[FilterState, Info]:
         """One task: predict, find the MAP weights, add the task's information, cut to size.
@@ -125,10 +139,14 @@ class LaplaceFilter:
         Raises:
             ValueError: for data that are not finite, or outside the likelihood's support.
         """
+        with on_mesh(self.mesh):
+            return self._update(state, task)
+
+    def _update(self, state: FilterState, task: Task | Mapping[str, Any] | None) -> tuple[FilterState, Info]:
         began = time.perf_counter()
         task = as_arrays(as_task(task))
         check_task(task)
-        task = without_masked(task)
+        task = everywhere(self.program, without_masked(task))
         next_key, map_key, curvature_key = jax.random.split(state.key, 3)
         moments, predicted, start = self._advance(self.hypers, state, task, map_key)
         self.structure.check_step(moments, predicted.precision)
@@ -137,7 +155,7 @@ class LaplaceFilter:
             info = Info.without_data(moments, predicted.precision.no_information(), time.perf_counter() - began)
             return FilterState(step, next_key, predicted.mean, predicted.precision), info
         self._check_values(task)
-        power = jnp.asarray(self.power, predicted.mean.dtype)
+        power = everywhere(self.program, jnp.asarray(self.power, predicted.mean.dtype))
         problem = MapProblem(predicted.mean, predicted.precision, with_mask(task), self.hypers, power)
         found = self._estimate(problem, start, map_key)
         status = found.status
@@ -163,7 +181,11 @@ class LaplaceFilter:
         return FilterState(step, next_key, predicted.mean, predicted.precision), info
 
     def run(
-        self, key: Array, tasks: Tasks | Iterable[Task | Mapping[str, Any] | None], progress: Progress | None = None
+        self,
+        key: Array,
+        tasks: Tasks | Iterable[Task | Mapping[str, Any] | None],
+        progress: Progress | None = None,
+        history: History | None = None,
     ) -> Filtered:
         """All tasks one after another; equal to ``init`` and the ``update``s.
 
@@ -171,22 +193,35 @@ class LaplaceFilter:
             key: as for ``init``.
             tasks: a stack, a list or any iterator of tasks.
             progress: called after each task with its index, the state and the Info.
+            history: where the beliefs of all tasks live: ``InMemory()`` (default), ``OnHost()`` or ``OnDisk(folder)``, which
+                goes on behind the tasks that an earlier run has left there.
         """
-        state, states, infos, layout, template = None, [], [], None, None
+        history = InMemory() if history is None else history
+        state, layout, template, done, t = None, None, None, 0, -1
         for t, task in enumerate(each_task(tasks)):
             if state is None:
                 state, layout = self.init(key, task), describe(self.program, task, self.hypers)
+                done = history.begin(partial(self._entry_like, state, task), self._mark(layout, state))
             if template is not None and task.data:
                 _check_like(t, task, template)
             template = task if task.data else template
-            state, info = self.update(state, task)
-            states.append(state)
-            infos.append(info)
+            if t < done:
+                state, info = history.get(t)
+            else:
+                state, info = self.update(state, task)
+                history.put(t, (state, info))
             if progress is not None:
                 progress(t, state, info)
-        return self.filtered(states, infos, layout)
+        history.flush()
+        assert layout is not None  # each_task raises for no task at all
+        if type(history) is InMemory:
+            states, infos = zip(*[history.get(i) for i in range(t + 1)], strict=True)
+            return self.filtered(states, infos, layout)
+        beliefs = Recalled(lambda i: _belief(history.get(i)[0]), range(t + 1))
+        infos = Recalled(lambda i: history.get(i)[1], range(t + 1))
+        return Filtered(self.program, layout, self.hypers, self.structure, beliefs, infos, history)
 
-    def filtered(self, states: list[FilterState], infos: list[Info], layout: Layout | None = None) -> Filtered:
+    def filtered(self, states: Sequence[FilterState], infos: Sequence[Info], layout: Layout | None = None) -> Filtered:
         """What ``run`` returns, from states and Infos gathered by hand with ``update``."""
         if len(states) != len(infos) or not states:
             raise ValueError(f"states has {len(states)} entries and infos {len(infos)}; one of each a task is accepted")
@@ -196,14 +231,35 @@ class LaplaceFilter:
             layout,
             self.hypers,
             self.structure,
-            tuple(Belief(state.mean, state.precision) for state in states),
+            tuple(_belief(state) for state in states),
             tuple(infos),
         )
 
     def smooth(self, filtered: Filtered) -> Posterior:
         """Rauch-Tung-Striebel means and covariances of every task given all tasks; needs no data."""
-        smoothed = smooth(filtered)
+        with on_mesh(self.mesh):
+            smoothed = smooth(filtered)
         return Posterior(smoothed.filtered, smoothed.means, smoothed.messages)
+
+    def _entry_like(self, state: FilterState, task: Task) -> tuple[FilterState, Info]:
+        """What a history keeps of a task, without its numbers."""
+        with on_mesh(self.mesh):
+            moments, predicted, _ = jax.eval_shape(self._predict, self.hypers, state, as_arrays(task), state.key)
+        site = jax.eval_shape(lambda precision: precision.no_information(), predicted.precision)
+
+        def placed(leaf: Any) -> Any:
+            rows = leaf.shape[:1] == state.mean.shape
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state.mean.sharding if rows else None)
+
+        moments, site = jax.tree.map(placed, (moments, site))
+        return state, Info.without_data(moments, site, 0.0)
+
+    def _mark(self, layout: Layout, state: FilterState) -> str:
+        """What tells this run from another; addresses of functions differ from process to process."""
+        hypers = {name: jnp.asarray(value).tolist() for name, value in sorted(self.hypers.items())}
+        weights = [(site.name, site.shape) for site in layout.sites]
+        parts = (self.structure, self.estimator, self.curvature, self.power, hypers, weights, state.mean.dtype)
+        return re.sub(r" at 0x[0-9a-f]+", "", f"{parts} {jax.random.key_data(state.key).tolist()}")
 
     # the four compiled pieces
 
@@ -212,7 +268,8 @@ class LaplaceFilter:
 
     def _first_belief(self, hypers: Any, task: Task) -> Belief:
         space = self._space(hypers, task)
-        return Belief(space.prior_mean, self.structure.fitted(space, task).prior(space.prior_variance))
+        prior = Belief(space.prior_mean, self.structure.fitted(space, task).prior(space.prior_variance))
+        return along_weights(prior, space.layout.size)
 
     def _predict(self, hypers: Any, state: FilterState, task: Task, key: Array) -> tuple[Moments, Belief, Array]:
         """Moments of the step, the predicted belief (the prior for the first task), and where the MAP search starts."""
@@ -228,7 +285,7 @@ class LaplaceFilter:
             return jnp.where(jnp.any(space.initial != 0), space.initial, drawn) - predicted.mean
 
         start = jax.lax.cond(state.step == 0, first_start, lambda: jnp.zeros_like(predicted.mean))
-        return moments, predicted, start
+        return along_weights((moments, predicted, start), space.layout.size)
 
     def _laplace(self, problem: MapProblem, shift: Array, key: Array) -> tuple[Belief, Any, dict[str, Array]]:
         space = self._space(problem.hypers, problem.task)
@@ -240,10 +297,10 @@ class LaplaceFilter:
         log_likelihood, slope = problem.power * log_likelihood, problem.power * slope
         cut = self.structure.cut(problem.precision.absorb(information.site))
         log_evidence = log_likelihood - 0.5 * problem.precision.quadratic(shift) - 0.5 * information.logdet_gain
-        belief = Belief(theta, cut.precision)
+        belief, site = along_weights((Belief(theta, cut.precision), information.site), space.layout.size)
         return (
             belief,
-            information.site,
+            site,
             {
                 "log_evidence": log_evidence,
                 "log_likelihood": log_likelihood,
@@ -263,7 +320,11 @@ class LaplaceFilter:
 
     def _warn(self, t: int, info: Info) -> None:
         if info.status in (NOT_CONVERGED, NOT_FINITE):
-            warnings.warn(f"task {t}: {info.message}", FilterWarning, stacklevel=3)
+            warnings.warn(f"task {t}: {info.message}", FilterWarning, stacklevel=4)
+
+
+def _belief(state: FilterState) -> Belief:
+    return Belief(state.mean, state.precision)
 
 
 def _strongly_typed(hypers: Mapping[str, Any]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ compressed marginals does not. Whole trajectories are drawn by backward sampling
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import Layout
 from ssm_nn.inference.beliefs import Belief, Filtered, Info
+from ssm_nn.inference.histories import InMemory, Recalled
 from ssm_nn.inference.structures import Structure
 from ssm_nn.moments import Moments
 from ssm_nn.precision import permuted, step_mean_vector, unpermuted, unpermuted_vector
@@ -35,11 +37,13 @@ class Smoothed:
         filtered: what it was made from.
         means: one (P,) a task.
         messages: the backward information of later tasks on each task; none for the last.
+
+    Where the filter kept a history, all three are read from it or from one beside it, a task at a time.
     """
 
     filtered: Filtered
-    means: tuple[Array, ...]
-    messages: tuple[Any, ...]
+    means: Sequence[Array]
+    messages: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.means)
@@ -60,20 +64,25 @@ class Smoothed:
         return self.filtered.hypers
 
     @cached_property
-    def beliefs(self) -> tuple[Belief, ...]:
+    def beliefs(self) -> Sequence[Belief]:
         """One Belief a task; a low-rank precision has twice the filter's rank."""
-        return tuple(
-            Belief(mean, belief.precision if message is None else belief.precision.add(message), belief.mean)
-            for mean, belief, message in zip(self.means, self.filtered.beliefs, self.messages, strict=True)
-        )
+        recalled = Recalled(self._belief, range(len(self)))
+        return tuple(recalled) if self.filtered.history is None else recalled
+
+    def _belief(self, t: int) -> Belief:
+        belief, message = self.filtered.beliefs[t], self.messages[t]
+        precision = belief.precision if message is None else belief.precision.add(message)
+        return Belief(self.means[t], precision, belief.mean)
 
     def sample_path(self, key: Array) -> Array:
         """One draw (T, P) of all tasks' weights together, by backward sampling."""
         keys = jax.random.split(key, len(self))
-        last = self.filtered.beliefs[-1]
+        last, later = self.filtered.entry(-1)
         path = [last.mean + _sample(last.precision, keys[-1])]
         for t in range(len(self) - 2, -1, -1):
-            path.append(_sample_before(self.filtered.beliefs[t], self.filtered.infos[t + 1].moments, path[-1], keys[t]))
+            belief, info = self.filtered.entry(t)
+            path.append(_sample_before(belief, later.moments, path[-1], keys[t]))
+            later = info
         return jnp.stack(path[::-1])
 
     def log_density(self, path: Array) -> Array:
@@ -81,34 +90,47 @@ class Smoothed:
 
         Coordinates that a step determines (zero noise) count once, in the later task.
         """
-        last = self.filtered.beliefs[-1]
+        last, later = self.filtered.entry(-1)
         residual = path[-1] - last.mean
         total = 0.5 * (
             last.precision.logdet() - last.precision.quadratic(residual) - residual.size * jnp.log(2 * jnp.pi)
         )
         for t in range(len(self) - 2, -1, -1):
-            belief, moments = self.filtered.beliefs[t], self.filtered.infos[t + 1].moments
-            total = total + _log_density_before(belief, moments, path[t], path[t + 1])
+            belief, info = self.filtered.entry(t)
+            total = total + _log_density_before(belief, later.moments, path[t], path[t + 1])
+            later = info
         return total
 
 
 def smooth(filtered: Filtered) -> Smoothed:
-    """Smooth all tasks backwards; O(T P R^2) time."""
-    means = [filtered.beliefs[-1].mean]
-    messages: list[Any] = [None]
-    for t in range(len(filtered) - 2, -1, -1):
-        belief, later = filtered.beliefs[t], filtered.infos[t + 1]
-        mean, message = _step(filtered.structure, belief, later.moments, later.site, means[-1], messages[-1])
-        means.append(mean)
-        messages.append(message)
-    return Smoothed(filtered, tuple(means[::-1]), tuple(messages[::-1]))
+    """Smooth all tasks backwards; O(T P R^2) time, and where the filter kept a history, memory that does not grow with T."""
+    kept = InMemory() if filtered.history is None else filtered.history.beside("smoothed")
+    end = len(filtered) - 1
+    last, later = filtered.entry(end)
+    mean, message = last.mean, None
+    for t in range(end - 1, -1, -1):
+        belief, info = filtered.entry(t)
+        mean, message = _step(filtered.structure, belief, later.moments, later.site, mean, message)
+        later = info
+        if t == end - 1:
+            kept.begin(lambda first=(mean, message): first, "smoothed")
+        kept.put(t, (mean, message))
+    kept.flush()
+    means = Recalled(lambda t: kept.get(t)[0] if t < end else filtered.beliefs[end].mean, range(end + 1))
+    messages = Recalled(lambda t: kept.get(t)[1] if t < end else None, range(end + 1))
+    if filtered.history is None:
+        return Smoothed(filtered, tuple(means), tuple(messages))
+    return Smoothed(filtered, means, messages)
 
 
 def smooth_means(filtered: Filtered) -> tuple[Array, ...]:
     """The smoothed means alone; O(T P R^2) without the compression of messages."""
-    means = [filtered.beliefs[-1].mean]
+    belief, later = filtered.entry(-1)
+    means = [belief.mean]
     for t in range(len(filtered) - 2, -1, -1):
-        means.append(_mean_before(filtered.beliefs[t], filtered.infos[t + 1].moments, means[-1]))
+        belief, info = filtered.entry(t)
+        means.append(_mean_before(belief, later.moments, means[-1]))
+        later = info
     return tuple(means[::-1])
 
 
@@ -152,7 +174,8 @@ def _log_density_before(belief: Belief, moments: Moments, here: Array, after: Ar
     return permuted(belief.precision, moments).conditional_log_density(moments, residual)
 
 
-def filter_statistics(infos: tuple[Info, ...]) -> dict[str, list[float]]:
+def filter_statistics(infos: Iterable[Info]) -> dict[str, list[float]]:
     """The numbers of every Info, by name."""
     names = ("log_evidence", "log_likelihood", "gradient_norm", "dropped_share", "steps", "status", "seconds")
-    return {name: [getattr(info, name) for info in infos] for name in names}
+    rows = [[getattr(info, name) for name in names] for info in infos]
+    return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

@@ -26,6 +26,8 @@ LEARNT, SMOOTHED, LAST, MATRIX = "just learnt", "smoothed", "last", "matrix"
 # view, learnt, task, metric, value: the columns of metrics.csv after the method's own
 Row = tuple[str, int | str, int | str, str, float]
 
+SHOWN = 6  # examples of each kind in the report
+
 _METRICS = {"accuracy": accuracy, "nll": nll, "ece": ece, "brier": brier}
 
 
@@ -91,3 +93,21 @@ def view_rows(
         for t, task in enumerate(stream.test)
         for name, metric in _METRICS.items()
     ]
+
+
+def shown_examples(stream: TaskStream, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The least and the most uncertain examples of the middle task, by its smoothed belief."""
+    t = len(stream) // 2
+    sizes = np.cumsum([0, *[task.num_examples for task in stream.test]])
+    inside = slice(sizes[t], sizes[t + 1])
+    probabilities = arrays[f"{SMOOTHED} averaged"][inside]
+    entropy = -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)), axis=1)
+    order = np.argsort(entropy, kind="stable")
+    chosen = np.concatenate([order[:SHOWN], order[-SHOWN:]])
+    return {
+        "shown task": np.array(t),
+        "shown x": stream.test[t]["x"][chosen],
+        "shown y": stream.test[t]["y"][chosen],
+        "shown probabilities": probabilities[chosen],
+        "shown epistemic": arrays[f"{SMOOTHED} epistemic"][inside][chosen],
+    }

@@ -11,16 +11,21 @@ checkpoints/seed-0/<kernel>/*.npz     beliefs after each task, while a later ste
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
+import hashlib
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssm_nn.command_settings import CommandError, Settings, read_settings, versions
+from ssm_nn.command_settings import CommandError, Settings, device, read_settings, versions
 from ssm_nn.inference.checkpoints import replacing
 
 __all__ = ["METRIC_COLUMNS", "TASK_COLUMNS", "RunFolder"]
@@ -52,15 +57,40 @@ class RunFolder:
         self.report_file = path / "report.html"
 
     def begin(self, settings: Settings) -> None:
-        """Make the folder and write the settings; an error where a run lies there already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Write the settings into the folder; an error where a run, or anything else, lies there already."""
+        for leftover in self.path.glob(f".{self.settings_file.name}.*.tmp"):  # of a process killed at this very place
+            leftover.unlink(missing_ok=True)
+        if any(self.path.iterdir()):
             what = "holds a run already" if self.settings_file.exists() else "is not an empty folder"
             raise CommandError(f"{self.path} {what}; give --out a new folder, or use `ssm-nn resume {self.path}`.")
+        content = {"settings": settings.to_json(), "versions": versions() | device()}
+        self.write_text(self.settings_file, json.dumps(content, indent=2) + "\n")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The folder for this process alone, and made where it is missing; released with the process, however it ends.
+
+        Raises:
+            CommandError: where it is no folder, or another process works in it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise CommandError(f"{self.path} is not an empty folder; give --out a new folder.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
         try:
-            content = {"settings": settings.to_json(), "versions": versions()}
-            self.write_text(self.settings_file, json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise CommandError(f"The folder {self.path} cannot be written: {error.strerror}.") from None
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CommandError(
+                    f"{self.path} is in use by another ssm-nn; wait until it ends, or stop it."
+                ) from None
+            except OSError as error:
+                # some network file systems have no locks: there a second process is not noticed
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+            yield
+        finally:
+            os.close(handle)
 
     def open(self) -> tuple[Settings, dict[str, str]]:
         """Settings and versions of the run that lies here."""
@@ -86,37 +116,49 @@ class RunFolder:
         if method is None and folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
-    def _result(self, seed: int, method: str) -> Path:
-        return self.path / "results" / f"seed-{seed}" / method
+    def _result(self, seed: int, method: str, ending: str) -> Path:
+        return self.path / "results" / f"seed-{seed}" / f"{method}{ending}"
 
     def write_result(self, seed: int, method: str, result: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """What a finished method leaves: its rows, and arrays for the report."""
-        file = self._result(seed, method)
+        """What a finished method leaves: its rows, and arrays for the report; with checksums of both."""
+        digest = ""
         if arrays:
-            with replacing(file.with_name(file.name + ".npz")) as stream:
-                np.savez_compressed(stream, allow_pickle=False, **arrays)
-        self.write_text(file.with_name(file.name + ".json"), json.dumps(result))
+            packed = io.BytesIO()
+            np.savez_compressed(packed, allow_pickle=False, **arrays)
+            digest = hashlib.sha256(packed.getbuffer()).hexdigest()
+            with replacing(self._result(seed, method, ".npz")) as stream:
+                stream.write(packed.getbuffer())
+        content = {"sha256": _digest(result, digest), "arrays": digest, "result": result}
+        self.write_text(self._result(seed, method, ".json"), json.dumps(content))
 
     def read_result(self, seed: int, method: str) -> dict[str, Any] | None:
         """The result of a method, None where it is not finished."""
-        file = self._result(seed, method)
-        file = file.with_name(file.name + ".json")
-        if not file.exists():
-            return None
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CommandError(f"{file} is damaged ({error}); remove it, and resume computes it again.") from None
+        file = self._result(seed, method, ".json")
+        return self._checked(file)[0] if file.exists() else None
 
     def read_arrays(self, seed: int, method: str) -> dict[str, np.ndarray]:
         """The arrays of a finished method."""
-        file = self._result(seed, method)
-        file = file.with_name(file.name + ".npz")
+        note, file = self._result(seed, method, ".json"), self._result(seed, method, ".npz")
+        digest = self._checked(note)[1]
         try:
-            with np.load(file, allow_pickle=False) as content:
-                return dict(content)
-        except (OSError, ValueError) as error:
-            raise CommandError(f"{file} cannot be read: {error}.") from None
+            packed = file.read_bytes()
+        except OSError as error:
+            raise CommandError(_damaged(file, note, error.strerror)) from None
+        if hashlib.sha256(packed).hexdigest() != digest:
+            raise CommandError(_damaged(file, note, "its sha256 is another"))
+        with np.load(io.BytesIO(packed), allow_pickle=False) as content:
+            return dict(content)
+
+    def _checked(self, file: Path) -> tuple[dict[str, Any], str]:
+        """A result and the checksum of its arrays."""
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            result, digest, expected = content["result"], content["arrays"], content["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CommandError(_damaged(file, file, f"{type(error).__name__}: {error}")) from None
+        if _digest(result, digest) != expected:
+            raise CommandError(_damaged(file, file, "its sha256 is another"))
+        return result, digest
 
     def write_table(self, path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A CSV file; floats in the shortest form that reads back to the same bits."""
@@ -140,3 +182,11 @@ class RunFolder:
         """A text file, whole or not at all."""
         with replacing(path) as file:
             file.write(text.encode())
+
+
+def _digest(result: Any, arrays: Any) -> str:
+    return hashlib.sha256(json.dumps([result, arrays]).encode()).hexdigest()
+
+
+def _damaged(file: Path, note: Path, reason: str | None) -> str:
+    return f"{file} is damaged ({reason}); remove {note}, and resume computes it again."

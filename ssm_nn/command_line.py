@@ -1,26 +1,33 @@
-"""The command ``ssm-nn``: run, resume, report. Nothing slow is imported before a command needs it."""
+"""The command ``ssm-nn``: run, plan, resume, report. Nothing slow is imported before a command needs it."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssm_nn.command_plan import plan
 from ssm_nn.command_settings import (
     DEFAULT_NOISE,
     DEFAULT_RANK,
     DEFAULT_STEP,
     DEFAULT_TASKS,
     WHOLE_TASK_LABELS,
+    Activation,
     CommandError,
+    Data,
+    Engine,
+    KernelChoice,
     Settings,
+    Shift,
+    device,
+    one_sentence,
     versions,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -37,48 +44,6 @@ main = typer.Typer(
     rich_markup_mode="rich",
     help="Learn from a sequence of tasks: filter a network's weights task by task, smooth them, compare.",
 )
-
-
-class Data(StrEnum):
-    """Accepted data sets."""
-
-    DIGITS = "digits"
-    MNIST = "mnist"
-    FASHION_MNIST = "fashion-mnist"
-
-
-class Shift(StrEnum):
-    """How tasks differ."""
-
-    ROTATE = "rotate"
-    PERMUTE = "permute"
-    SPLIT = "split"
-
-
-class Engine(StrEnum):
-    """What is kept of the precision."""
-
-    LOW_RANK = "low-rank"
-    DENSE = "dense"
-    DIAGONAL = "diagonal"
-
-
-class KernelChoice(StrEnum):
-    """How the kernel is found."""
-
-    AUTO = "auto"
-    STATIC = "static"
-    WALK = "walk"
-
-
-class Activation(StrEnum):
-    """Accepted activations."""
-
-    TANH = "tanh"
-    RELU = "relu"
-    GELU = "gelu"
-    SILU = "silu"
-    SOFTPLUS = "softplus"
 
 
 STREAM, NETWORK, FILTER, RUN = "The stream of tasks", "The network", "The filter", "The run"
@@ -210,7 +175,7 @@ def run(
 
     Writes tables, the posterior and a report into the run's folder.
     """
-    with _one_sentence():
+    with one_sentence():
         if step is not None and shift != Shift.ROTATE:
             raise CommandError(f"--step is for --shift rotate; it has no meaning with --shift {shift.value}.")
         if rank is not None and engine != Engine.LOW_RANK:
@@ -241,53 +206,46 @@ def run(
         _execute(path, settings, quiet)
 
 
+main.command()(plan)
+
+
 @main.command()
 def resume(path: Folder, quiet: Quiet = False) -> None:
     """Go on with a run that was stopped, from its last finished task; the result is the same to the last bit."""
-    with _one_sentence():
+    with one_sentence():
         _execute(path, None, quiet)
 
 
 @main.command()
 def report(path: Folder) -> None:
     """Make the report of a run anew."""
-    with _one_sentence():
+    with one_sentence():
+        from ssm_nn.command_endings import of_the_file_system
         from ssm_nn.command_folder import RunFolder
         from ssm_nn.command_report import write_report
+        from ssm_nn.command_run import Experiment
 
         folder = RunFolder(path)
-        folder.open()
-        write_report(folder)
+        settings = folder.open()[0]
+        try:
+            with folder.claimed():
+                Experiment(settings, folder, _silent).write_tables()
+                write_report(folder)
+        except OSError as error:
+            raise CommandError(of_the_file_system(error, path, None)) from None
         typer.echo(f"Report: {folder.report_file}")
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """What the user can mend ends the command with one sentence and code 2."""
-    try:
-        yield
-    except CommandError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _labels(text: str) -> int | None:
     if text in ("0", "all"):
         return None
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) < 10):  # Python reads no number of thousands of digits
         raise CommandError(f"--labels is {text!r}; a whole number >= 1, or 0 or all for all examples, is accepted.")
     return int(text)
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    if text == "none":
-        return ()
-    widths = text.split(",")
-    if not all(width.isascii() and width.isdigit() and int(width) > 0 for width in widths):
-        raise CommandError(
-            f"--hidden is {text!r}; whole numbers >= 1 separated by commas, such as 100,100, or none, are accepted."
-        )
-    return tuple(int(width) for width in widths)
+    return () if text == "none" else whole_numbers("--hidden", text, ", or none,")
 
 
 def _execute(path: Path, settings: Settings | None, quiet: bool) -> None:
@@ -300,6 +258,7 @@ def _execute(path: Path, settings: Settings | None, quiet: bool) -> None:
         import scipy.linalg  # noqa: F401 - loads the linear algebra that is limited below
         from threadpoolctl import threadpool_limits
 
+        from ssm_nn.command_endings import compiled_on_disk, exit_code, of_the_file_system, stoppable
         from ssm_nn.command_folder import RunFolder
         from ssm_nn.command_report import write_report
         from ssm_nn.command_run import Experiment
@@ -309,27 +268,42 @@ def _execute(path: Path, settings: Settings | None, quiet: bool) -> None:
         from ssm_nn.models.downloads import DataError
 
     folder = RunFolder(path)
+    again = f"ssm-nn resume {path}"
     try:
-        if settings is None:
-            used, made_with = folder.open()
-            _compare_versions(console, made_with)
+        with stoppable(), compiled_on_disk():
+            if settings is None:
+                used, made_with = folder.open()
+                _compare_versions(console, made_with)
+            else:
+                used = settings
             experiment = Experiment(used, folder, _silent)
             experiment.check()
-            folder.sweep()
-        else:
-            experiment = Experiment(settings, folder, _silent)
-            experiment.check()
-            folder.begin(settings)
-        # the matrices are small: more threads of the linear algebra cost more than they bring
-        with threadpool_limits(limits=1, user_api="blas"):
-            _with_progress(console, experiment)
-        with console.status("Writing the report"):
-            write_report(folder)
+            with folder.claimed():
+                if settings is None:
+                    folder.sweep()
+                else:
+                    folder.begin(settings)
+                # the matrices are small: more threads of the linear algebra cost more than they bring
+                with threadpool_limits(limits=1, user_api="blas"):
+                    _with_progress(console, experiment)
+                with console.status("Writing the report"):
+                    write_report(folder)
     except (DataError, CheckpointError) as error:
         raise CommandError(str(error)) from None
-    except KeyboardInterrupt:
-        typer.echo(f"\nStopped. Go on with: ssm-nn resume {path}", err=True)
-        raise typer.Exit(130) from None
+    except OSError as error:
+        raise CommandError(
+            of_the_file_system(error, path, again if os.path.exists(folder.settings_file) else None)
+        ) from None
+    except KeyboardInterrupt as stop:
+        said = (
+            f"every finished task is saved. Go on with: {again}"
+            if os.path.exists(folder.settings_file)
+            else "nothing is lost."
+        )
+        typer.echo(f"\nStopped; {said}", err=True)
+        raise typer.Exit(exit_code(stop)) from None
+    for file in experiment.damaged:
+        _caution(console, f"{file} was cut short or altered; the task was learnt again from the one before.")
     print_summary(console, Summary(folder))
     console.print(
         f"\nReport: {folder.report_file}   ({time.perf_counter() - began:.0f} s)", soft_wrap=True, highlight=False
@@ -341,12 +315,19 @@ def _silent(*_: object) -> None:
 
 
 def _compare_versions(console: Console, made_with: dict[str, str]) -> None:
-    now = versions()
+    now = versions() | device()
     changed = [f"{name} {old} -> {now.get(name)}" for name, old in made_with.items() if now.get(name) != old]
     if changed:
-        console.print(
-            f"[yellow]Other versions than when the run began, so the last bits may differ: {', '.join(changed)}[/]"
+        _caution(
+            console,
+            f"Other versions or devices than when the run began, so the last bits may differ: {', '.join(changed)}",
         )
+
+
+def _caution(console: Console, sentence: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(sentence, style="yellow"))  # as text: what a file says is no markup
 
 
 def _with_progress(console: Console, experiment: Experiment) -> None:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssm_nn.command_evaluate import LAST, LEARNT, SMOOTHED, Evaluator, Row, matrix_rows, view_rows
+from ssm_nn.command_evaluate import LAST, LEARNT, SMOOTHED, Evaluator, Row, matrix_rows, shown_examples, view_rows
 from ssm_nn.command_folder import METRIC_COLUMNS, TASK_COLUMNS, RunFolder
 from ssm_nn.command_settings import WHOLE_TASK_LABELS, CommandError, Kernel, Settings, kernels_of
 from ssm_nn.extraction import describe, extract
 from ssm_nn.inference.baselines.plain import FineTuning, JointTraining, TrainingState
 from ssm_nn.inference.beliefs import Filtered, FilterState, Info
-from ssm_nn.inference.checkpoints import load, replacing, save
+from ssm_nn.inference.checkpoints import CheckpointError, load, replacing, save
 from ssm_nn.inference.curvature import ExactCurvature
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
@@ -44,7 +45,6 @@ Array = Any
 
 FINE_TUNING, JOINT, FILTER, CHOSEN = "fine-tuning", "joint", "filter", "chosen"
 MAX_TEST_EXAMPLES = 2000  # a task: a standard error of 1 % at the most
-SHOWN = 6  # examples of each kind in the report
 
 # seed (from 0), name of the method, task, accuracy on it, log evidence so far or nan
 Report = Callable[[int, str, int, float, float], None]
@@ -58,11 +58,13 @@ class Experiment:
         settings: what to run.
         folder: where; holds whatever was finished before.
         report: called after each task.
+        damaged: checkpoints that were cut short or altered, and that the run went back before.
     """
 
     settings: Settings
     folder: RunFolder
     report: Report
+    damaged: list[Path] = field(default_factory=list)
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -161,7 +163,7 @@ class Experiment:
                     self._keep_best(seed)
             self._smooth(seed, stream)
             self.folder.drop_checkpoints(seed)
-            self._write_tables(seed + 1)
+            self.write_tables()
 
     # fine-tuning and joint training
 
@@ -173,11 +175,12 @@ class Experiment:
         means: list[Array] = []
         for t in range(self.settings.tasks):
             file = self.folder.checkpoint(seed, method, t)
-            if file.exists():
-                state = load(file, state)
-            else:
+            stored = self._stored(file, state)
+            if stored is None:
                 state = self._train(trainer, state, stream, t)
                 save(file, state)
+            else:
+                state = stored
             means.append(state.mean)
             self._show(seed, method, stream, t, state.mean, math.nan)
         matrix = self.evaluator.matrix(means, stream)
@@ -234,15 +237,26 @@ class Experiment:
         infos: list[Info] = []
         for t in range(self.settings.tasks):
             file = self.folder.checkpoint(seed, kernel.slug, t)
-            if file.exists():
-                state, info = load(file, like)
-            else:
+            stored = self._stored(file, like)
+            if stored is None:
                 state, info = engine.update(state, stream.train[t])
                 save(file, (state, info))
+            else:
+                state, info = stored
             states.append(state)
             infos.append(info)
             self._show(seed, kernel.name, stream, t, state.mean, sum(i.log_evidence for i in infos))
         return engine.filtered(states, infos, describe(self.program, self._example, self._hypers(kernel)))
+
+    def _stored(self, file: Path, like: Any) -> Any:
+        """What a checkpoint holds; None where there is none, or one that is damaged: the state before it then serves."""
+        if not file.exists():
+            return None
+        try:
+            return load(file, like)
+        except CheckpointError:
+            self.damaged.append(file)
+            return None
 
     def _info_template(self, kernel: Kernel, state: FilterState) -> Info:
         moments = extract(self.program, self._example, self._hypers(kernel)).moments
@@ -300,7 +314,7 @@ class Experiment:
             )
             arrays[f"{view} epistemic"] = np.concatenate(epistemic)
         if seed == 0:
-            arrays |= _examples(stream, arrays)
+            arrays |= shown_examples(stream, arrays)
             self._write_posterior(smoothed)
         self.folder.write_result(seed, CHOSEN, {"rows": rows, "kernel": kernel.name}, arrays)
 
@@ -324,8 +338,14 @@ class Experiment:
         right = self.evaluator.at_mean(mean, stream.test[t]).argmax(axis=1) == stream.test[t]["y"]
         self.report(seed, method, t, float(np.mean(right)), log_evidence)
 
-    def _write_tables(self, seeds: int) -> None:
-        """metrics.csv and kernels.csv of the first ``seeds`` seeds."""
+    def write_tables(self) -> None:
+        """metrics.csv and kernels.csv of the finished seeds, from their results."""
+        finished = [self.folder.read_result(seed, CHOSEN) is not None for seed in range(self.settings.seeds)]
+        seeds = [*finished, False].index(False)
+        if not seeds:
+            raise CommandError(
+                f"{self.folder.path} has no finished seed yet; go on with `ssm-nn resume {self.folder.path}`."
+            )
         metrics, tasks = [], []
         for seed in range(seeds):
             named = {FINE_TUNING: (FINE_TUNING, ""), JOINT: (JOINT, "")}
@@ -361,24 +381,6 @@ def _numbers(info: Info) -> list[Any]:
 def _labels(stream: TaskStream) -> np.ndarray:
     """(T N,)."""
     return np.concatenate([task["y"] for task in stream.test])
-
-
-def _examples(stream: TaskStream, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The least and the most uncertain examples of the middle task, by its smoothed belief."""
-    t = len(stream) // 2
-    sizes = np.cumsum([0, *[task.num_examples for task in stream.test]])
-    inside = slice(sizes[t], sizes[t + 1])
-    probabilities = arrays[f"{SMOOTHED} averaged"][inside]
-    entropy = -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)), axis=1)
-    order = np.argsort(entropy, kind="stable")
-    chosen = np.concatenate([order[:SHOWN], order[-SHOWN:]])
-    return {
-        "shown task": np.array(t),
-        "shown x": stream.test[t]["x"][chosen],
-        "shown y": stream.test[t]["y"][chosen],
-        "shown probabilities": probabilities[chosen],
-        "shown epistemic": arrays[f"{SMOOTHED} epistemic"][inside][chosen],
-    }
 
 
 def _in_options(message: str) -> str:

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["CommandError", "Kernel", "Settings", "kernels_of", "parse_kernel", "versions"]
+import typer
+
+__all__ = [
+    "Activation",
+    "CommandError",
+    "Data",
+    "Engine",
+    "Kernel",
+    "KernelChoice",
+    "Settings",
+    "Shift",
+    "device",
+    "kernels_of",
+    "one_sentence",
+    "parse_kernel",
+    "versions",
+    "whole_numbers",
+]
 
 STATIC = "static"
 DEFAULT_NOISE = "all=0.1,first=0.1,last=1,last=4"
@@ -23,8 +42,75 @@ MAX_NOISE = 100.0  # the program's, which is slow to import; a test holds the tw
 _PACKAGES = ("ssm-nn", "jax", "jaxlib", "numpyro", "optax", "numpy", "scipy", "scikit-learn", "arviz")
 
 
+class Data(StrEnum):
+    """Accepted data sets."""
+
+    DIGITS = "digits"
+    MNIST = "mnist"
+    FASHION_MNIST = "fashion-mnist"
+
+
+class Shift(StrEnum):
+    """How tasks differ."""
+
+    ROTATE = "rotate"
+    PERMUTE = "permute"
+    SPLIT = "split"
+
+
+class Engine(StrEnum):
+    """What is kept of the precision."""
+
+    LOW_RANK = "low-rank"
+    DENSE = "dense"
+    DIAGONAL = "diagonal"
+
+
+class KernelChoice(StrEnum):
+    """How the kernel is found."""
+
+    AUTO = "auto"
+    STATIC = "static"
+    WALK = "walk"
+
+
+class Activation(StrEnum):
+    """Accepted activations."""
+
+    TANH = "tanh"
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+    SOFTPLUS = "softplus"
+
+
 class CommandError(Exception):
     """What the user can mend, in one sentence."""
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """What the user can mend ends the command with one sentence and code 2."""
+    try:
+        yield
+    except CommandError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def whole_numbers(option: str, text: str, other: str = "") -> tuple[int, ...]:
+    """``"100,100"`` as numbers >= 1.
+
+    Raises:
+        CommandError: naming ``option``, and what else than numbers it accepts.
+    """
+    numbers = text.split(",")
+    # a width of more digits could be no array's, and Python would not even read it
+    if not all(number.isascii() and number.isdigit() and len(number) < 10 and int(number) > 0 for number in numbers):
+        raise CommandError(
+            f"{option} is {text!r}; whole numbers >= 1 separated by commas, such as 100,100{other or ','} are accepted."
+        )
+    return tuple(int(number) for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -74,6 +160,11 @@ class Settings:
                 raise CommandError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; a whole number >= 1 is accepted."
                 )
+        for name, accepted in _CHOICES.items():
+            if getattr(self, name) not in list(accepted):
+                raise CommandError(f"--{name} is {getattr(self, name)!r}; {', '.join(accepted)} are accepted.")
+        if any(width < 1 for width in self.hidden):
+            raise CommandError(f"--hidden is {self.hidden}; whole numbers >= 1 are accepted.")
         if self.seed < 0:
             raise CommandError(f"--seed is {self.seed}; a whole number >= 0 is accepted.")
         if not 0 < self.prior_scale < float("inf"):
@@ -93,10 +184,31 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
-        """The inverse of ``to_json``; KeyError for a missing entry."""
+        """The inverse of ``to_json``; KeyError for a missing entry, TypeError for one of another type."""
         plain: dict[str, Any] = {field.name: values[field.name] for field in fields(cls)}
         plain["hidden"], plain["noise"] = tuple(plain["hidden"]), tuple(plain["noise"])
+        for name, kind in get_type_hints(cls).items():
+            if not _is_of(plain[name], kind):
+                raise TypeError(f"{name} is {plain[name]!r}")
         return cls(**plain)
+
+
+_CHOICES: dict[str, type[StrEnum]] = {
+    "data": Data,
+    "shift": Shift,
+    "engine": Engine,
+    "kernel": KernelChoice,
+    "activation": Activation,
+}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of an annotated type; True is no number."""
+    if get_origin(kind) is tuple:
+        return all(_is_of(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):
+        return any(_is_of(value, option) for option in get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def kernels_of(settings: Settings) -> list[Kernel]:
@@ -144,7 +256,7 @@ def parse_kernel(text: str, num_layers: int) -> Kernel:
 
 def _layers(place: str, num_layers: int) -> Sequence[int] | None:
     named = {"all": range(num_layers), "first": range(1), "last": range(num_layers - 1, num_layers)}
-    if place.isascii() and place.isdigit() and int(place) < num_layers:
+    if place.isascii() and place.isdigit() and len(place) < 10 and int(place) < num_layers:
         return range(int(place), int(place) + 1)
     return named.get(place)
 
@@ -160,6 +272,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device() -> dict[str, str]:
+    """What the run was made on; loads JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    kinds = sorted({one.device_kind for one in jax.devices()})
+    return {"devices": f"{jax.device_count()} x {', '.join(kinds)}", "precision": str(jnp.result_type(float))}
+
+
 def read_settings(path: Path) -> tuple[Settings, dict[str, str]]:
     """Settings and versions from a settings.json.
 
@@ -168,8 +289,9 @@ def read_settings(path: Path) -> tuple[Settings, dict[str, str]]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Settings.from_json(content["settings"]), dict(content["versions"])
+        made_with = {str(name): str(value) for name, value in dict(content["versions"]).items()}
+        return Settings.from_json(content["settings"]), made_with
     except FileNotFoundError:
         raise CommandError(f"{path.parent} is no run folder: it has no {path.name}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CommandError(f"{path} cannot be read as the settings of a run: {error}.") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +63,9 @@ class Layout:
         """The inverse of ``leaves``: (P,)."""
         return jnp.concatenate([jnp.ravel(leaves[s.name]) for s in self.sites])
 
-    def packed(self, arrays: Arrays) -> Array:
-        """The inverse of ``arrays``: (P,)."""
+    def packed(self, arrays: Arrays, filling: float = 0.0) -> Array:
+        """The inverse of ``arrays``: (P,); a layout with places that hold no weight puts ``filling`` there."""
+        del filling
         return jnp.concatenate([jnp.ravel(arrays[s.network][s.path]) for s in self.sites])
 
     def arrays(self, theta: Array) -> dict[str, dict[str, Array]]:
@@ -73,6 +74,17 @@ class Layout:
         for s in self.sites:
             named.setdefault(s.network, {})[s.path] = theta[s.start : s.stop].reshape(s.shape)
         return named
+
+
+@runtime_checkable
+class PlacedProgram(Protocol):
+    """A program that lays the weights out in its own way."""
+
+    def __call__(self, tasks: Tasks, /) -> Any: ...
+
+    def placed(self, space: StateSpace) -> StateSpace:
+        """The same state-space form in another layout."""
+        ...
 
 
 class ObservedSite(NamedTuple):
@@ -276,7 +288,9 @@ def extract(program: Program, task: Task, hypers: Mapping[str, Array] | None = N
         raise ValueError("the program has no weights; declare them with ssm_nn.weights(...)")
     if reader.body is None:
         raise ValueError("the program observes no task: call weights(...).over(tasks, observe)")
-    return _assemble(reader.paths, reader.body)
+    space = _assemble(reader.paths, reader.body)
+    # a program over a mesh of devices lays its weights out anew
+    return program.placed(space) if isinstance(program, PlacedProgram) else space
 
 
 def path_distributions(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
+from ssm_nn.weight_mesh import tall_skinny_qr
 from ssm_nn.whitening import Whitening
 
 __all__ = ["Compressed", "DiagonalPlusLowRank", "compress"]
@@ -83,7 +84,7 @@ class DiagonalPlusLowRank(NamedTuple):
         smallest = jnp.min(self.diagonal, initial=jnp.inf)
         if not self.factor.size:
             return Whitening(lambda x: root * x, lambda z: z / root, smallest)
-        basis, triangle = jnp.linalg.qr(self.factor / root[:, None])
+        basis, triangle = tall_skinny_qr(self.factor / root[:, None])
         left, singular, _ = jnp.linalg.svd(triangle, full_matrices=False)
         # by rows, as for the quadratic form
         directions = jax.lax.optimization_barrier((basis @ left).T)
@@ -208,7 +209,7 @@ def compress(factor: Array, metric: Array, rank: int) -> Compressed:
             jnp.zeros((), factor.dtype),
         )
     scale = jnp.sqrt(metric)
-    basis, triangle = jnp.linalg.qr(factor / scale[:, None])
+    basis, triangle = tall_skinny_qr(factor / scale[:, None])
     left, singular, _ = jnp.linalg.svd(triangle, full_matrices=False)
     if singular.shape[0] < rank:  # fewer weights than columns kept
         left = jnp.pad(left, ((0, 0), (0, rank - singular.shape[0])))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ssm_nn.extraction import Program, StateSpace, extract
 from ssm_nn.inference.batches import as_arrays, rows, with_mask
@@ -35,6 +36,7 @@ from ssm_nn.inference.mean_field.starts import FanIn, Start
 from ssm_nn.inference.mean_field.states import QUANTILES, MeanFieldInfo, MeanFieldState
 from ssm_nn.inference.mean_field.streams import Batches, Block, blocks_of
 from ssm_nn.inference.predictive import Method, Prediction, ThroughNetwork, predict_from
+from ssm_nn.inference.sharding import ShardedProgram, checked_mesh, everywhere
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task, as_task
 
@@ -64,6 +66,8 @@ class MeanFieldFilter:
         start: ``FanIn()``, ``OwnWeights(sigma)`` or ``AtPrior()``.
         trust: c > 0, |mu - m_-| <= c sqrt(v_-) and |sigma - sqrt(v_-)| <= c sqrt(v_-) / 2 in every step; inf for no limit.
         hypers: the value of every latent site of the program outside its weights.
+        mesh: a ``jax.sharding.Mesh``: beliefs are spread over its axis ``weights``, batches over its axis ``data``; see
+            ``LaplaceFilter``.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class MeanFieldFilter:
         start: Start = FanIn(),  # noqa: B008  (two numbers)
         trust: float = 1.0,
         hypers: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
     ):
         if not callable(program):
             raise ValueError(f"program is {program!r}; a NumPyro program, a function of the tasks, is accepted")
@@ -90,13 +95,16 @@ class MeanFieldFilter:
                 raise ValueError(f"{name} is {value!r}; {accepted} are accepted")
         if not trust > 0:
             raise ValueError(f"trust is {trust}; a number > 0 is accepted, inf for no limit")
-        self.program, self.window, self.rule, self.estimator = program, window, rule, estimator
+        self.program = program if mesh is None else ShardedProgram(program, checked_mesh(mesh))
+        self.window, self.rule, self.estimator = window, rule, estimator
         self.start, self.trust = start, float(trust)
-        self.hypers = {n: jnp.asarray(v, jnp.result_type(v)) for n, v in (hypers or {}).items()}
+        self.hypers = everywhere(
+            self.program, {n: jnp.asarray(v, jnp.result_type(v)) for n, v in (hypers or {}).items()}
+        )
         self._begin = jax.jit(self._first)
         self._learn = jax.jit(partial(self._block, False))
         self._learn_guarded = jax.jit(partial(self._block, True))
-        self._supported = jax.jit(lambda hypers, task: check_support(extract(program, task, hypers), task))
+        self._supported = jax.jit(lambda hypers, task: check_support(extract(self.program, task, hypers), task))
 
     def init(self, key: Array, batch: Task | Mapping[str, Any]) -> MeanFieldState:
         """The belief before any batch. Nothing is learnt from ``batch``; it gives shapes and is checked.
@@ -116,7 +124,7 @@ class MeanFieldFilter:
                 "the program's kernel maps coordinates (Permuted, Rotated) at every step, and a mean-field filter steps once "
                 "a batch; kernels with gain, shift and noise are accepted"
             )
-        state = self._begin(self.hypers, task, key)
+        state = self._begin(self.hypers, *everywhere(self.program, (task, key)))
         self._check_state(state)
         return state
 
@@ -225,6 +233,7 @@ class MeanFieldFilter:
                 )
         # a sigma that turns negative may turn back inside a block, where the trust region allows it
         learn = self._learn if self.trust < 2 else self._learn_guarded
+        block = block._replace(task=everywhere(self.program, block.task))
         inputs = (self.hypers, state, block.task, block.indices, np.int32(block.count))
         made, outcome, numbers = learn(*inputs)
         if self.trust < 2 and not bool(numbers["healthy"]):
@@ -314,7 +323,7 @@ class MeanFieldFilter:
             state.examples + jnp.sum(records.counted),
             state.key,
             layout.packed(mean),
-            layout.packed(sigma),
+            layout.packed(sigma, 1.0),
         )
         return made, records, said
 

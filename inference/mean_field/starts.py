@@ -97,4 +97,4 @@ class FanIn:
                 draw = jax.random.uniform(jax.random.fold_in(key, number), leaf.shape, leaf.dtype, -limit, limit)
                 mean[site.network][site.path] = draw
             sigma[site.network][site.path] = jnp.full_like(leaf, self.spread / root)
-        return Gaussian(space.layout.packed(mean), space.layout.packed(sigma))
+        return Gaussian(space.layout.packed(mean), space.layout.packed(sigma, 1.0))

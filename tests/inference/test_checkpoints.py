@@ -17,7 +17,11 @@ def tree(key):
     state = FilterState(jnp.int32(4), jax.random.key(3), jax.random.normal(key, (7,)), precision)
     moments = Moments(jnp.ones(7), jnp.zeros(7), jnp.full(7, 1e-40), jnp.arange(7))
     info = Info(moments, precision, -0.1, float("nan"), 0.1 + 0.2, 0.0, 12, 1, 1e-300)
-    return state, info, {"half": jnp.ones(2, jnp.bfloat16), "host": np.arange(3), "flag": True}
+    return (
+        state,
+        info,
+        {"half": jnp.ones(2, jnp.bfloat16), "host": np.arange(3), "flag": True, "empty": jnp.zeros((7, 0))},
+    )
 
 
 def bits(leaf):

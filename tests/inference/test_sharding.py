@@ -1,0 +1,178 @@
+"""Filters over a mesh: the numbers of one device, and no array of all weights and columns ever gathered."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax.sharding import Mesh
+
+import ssm_nn
+from ssm_nn.extraction import describe, extract
+from ssm_nn.inference import Dense, Kronecker, LaplaceFilter, LowRank
+from ssm_nn.inference.sharding import ShardedLayout, ShardedProgram, checked_mesh
+from ssm_nn.models import Permuted, RandomWalk
+from ssm_nn.models.networks import mlp
+from ssm_nn.tasks import Task
+from ssm_nn.weight_mesh import tall_skinny_qr
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TOLERANCE = {"32": 1e-5, "64": 1e-10}
+
+
+def in_a_process(script, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def on_eight_devices(folder, *parts):
+    in_a_process("eight_devices.py", str(folder / "found.npz"), *parts)
+    with np.load(folder / "found.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return on_eight_devices(tmp_path_factory.mktemp("quick"), "algebra32", "algebra64", "low-rank64", "collectives")
+
+
+def check_equal(found, part):
+    names = [name.removeprefix("one/") for name in found if name.startswith(f"one/{part}/")]
+    assert names
+    for name in names:
+        one, mesh = found[f"one/{name}"], found[f"mesh/{name}"]
+        scale = max(1.0, float(np.abs(one).max()))
+        np.testing.assert_allclose(mesh, one, rtol=0, atol=TOLERANCE[part[-2:]] * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("part", ["algebra32", "algebra64", "low-rank64"])
+@pytest.mark.slow
+def test_eight_devices_give_the_numbers_of_one(quick, part):
+    check_equal(quick, part)
+
+
+@pytest.mark.slow
+def test_more_filters_on_eight_devices_give_the_numbers_of_one(tmp_path):
+    parts = ("low-rank32", "diagonal64", "network64", "mean-field64")
+    found = on_eight_devices(tmp_path, *parts)
+    for part in parts:
+        check_equal(found, part)
+
+
+@pytest.mark.slow
+def test_no_collective_moves_an_array_of_weights_and_columns(quick):
+    """P = 16,516, R = 8, K = 64 columns on 4 x 2 devices: what moves is (R + K)^2 numbers from each of four, no more."""
+    weights, rank, columns, shards = 16_516, 8, 64, 4
+    assert quick["collectives/predict"] <= rank**2
+    assert quick["collectives/laplace"] <= shards * (rank + columns) ** 2
+    assert quick["collectives/laplace"] < weights * rank / shards
+
+
+# one process
+
+
+def mesh_of_one(*names):
+    return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(names)), names)
+
+
+def program(tasks, transition=None):
+    net = ssm_nn.weights(
+        "net",
+        mlp((5, 3, 2)),
+        prior=dist.Normal(0.0, 1.0),
+        transition=transition or RandomWalk(0.1),
+        num_tasks=len(tasks),
+    )
+
+    def observe(f, task):
+        with numpyro.plate("examples", task["x"].shape[0]):
+            numpyro.sample("y", dist.Categorical(logits=f(task["x"])), obs=task.get("y"))
+
+    net.over(tasks, observe)
+
+
+TASK = Task({"x": np.ones((4, 5), np.float32), "y": np.array([0, 1, 0, 1])})
+
+
+class FakeMesh:
+    """Stands for a mesh of n parts where nothing is placed."""
+
+    def __init__(self, shards):
+        self.shape = {"weights": shards}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_a_sharded_layout_returns_every_leaf(rng, shards):
+    plain = describe(program, TASK)
+    layout = ShardedLayout(plain.sites, FakeMesh(shards))
+    theta = rng.normal(size=plain.size)
+    leaves = plain.leaves(theta)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedLayout, "_cut", lambda self, leaf: leaf)
+        packed = np.asarray(layout.vector(leaves))
+        filled = np.asarray(layout.filled(leaves, 7.0))
+    assert packed.shape == (layout.size,)
+    assert layout.size % shards == 0
+    assert np.sum(filled == 7.0) == layout.size - plain.size
+    back = layout.leaves(packed)
+    many = layout.leaves(np.stack([packed, 2 * packed]))
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(back[name], leaf.astype(packed.dtype))
+        np.testing.assert_array_equal(many[name][1], 2 * leaf.astype(packed.dtype))
+
+
+def test_without_a_mesh_the_decomposition_is_the_usual_one(rng):
+    tall = rng.normal(size=(9, 4)).astype(np.float32)
+    for here, there in zip(tall_skinny_qr(tall), np.linalg.qr(tall), strict=True):
+        np.testing.assert_allclose(here, there, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ("eight", "mesh is 'eight'"),
+        (mesh_of_one("data"), "mesh has the axes \\('data',\\)"),
+        (mesh_of_one("weights", "model"), "'weights', and perhaps 'data', are accepted"),
+    ],
+)
+def test_another_mesh_is_refused(mesh, words):
+    with pytest.raises(ValueError, match=words):
+        LaplaceFilter(program, LowRank(2), mesh=mesh)
+
+
+@pytest.mark.parametrize("structure", [Dense(), Kronecker()])
+def test_a_structure_that_does_not_shard_is_refused(structure):
+    with pytest.raises(ValueError, match="mesh serves LowRank and Diagonal"):
+        LaplaceFilter(program, structure, mesh=mesh_of_one("weights"))
+
+
+def test_a_kernel_that_moves_weights_between_devices_is_refused():
+    permuting = ShardedProgram(
+        lambda tasks: program(
+            tasks, ssm_nn.ByPath({"layers.0.kernel": Permuted(np.arange(5)[::-1].copy())}, otherwise=RandomWalk(0.1))
+        ),
+        checked_mesh(mesh_of_one("weights")),
+    )
+    with pytest.raises(ValueError, match="permutes or turns leaves"):
+        extract(permuting, TASK)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    """Two processes of two devices each, joined by jax.distributed on this machine."""
+    in_a_process("two_processes.py", str(tmp_path))
+    alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
+    assert first == second
+    for name, value in alone.items():
+        np.testing.assert_allclose(first[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
