@@ -16,6 +16,7 @@ LONG = {  # minutes
     "04_forgetting_and_uncertainty",
     "05_last_layer",
     "06_what_ranks_say",
+    "07_diagnosing",
     "08_own_engine_and_kernel",
 }
 
