@@ -10,12 +10,9 @@ pictures are made of the seeds at which all methods with a cell are finished.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +20,12 @@ from typing import Any
 import numpy as np
 from active_learning_cells import Store, curve_of, run_cell, settings_of
 from active_learning_settings import SETTINGS, VALIDATION_SEED, Setting, methods_of
+from csv_files import write_csv
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ssm_nn.inference.checkpoints import replacing
 from ssm_nn.inference.last_layer.acquisition_curves import (
     LearningCurve,
     curves_datatree,
@@ -93,7 +90,7 @@ def _tables(store: Store, setting: Setting, out: Path, console: Console) -> Line
         line |= _compared("random", own, curves.get("random") if name != "random" else None)
         line |= {"plain": plain or ""} | _compared("plain", own, curves.get(plain) if plain else None)
         lines.append(line)
-    _write_csv(out / f"{setting.name}-summary.csv", lines)
+    write_csv(out / f"{setting.name}-summary.csv", lines)
     rows = (
         {"method": name, "seed": seed, "labels": int(count), "seconds": float(curve.seconds[n - 1]) if n else math.nan}
         | {score: float(curve.scores[score][n]) for score in SCORES}
@@ -101,7 +98,7 @@ def _tables(store: Store, setting: Setting, out: Path, console: Console) -> Line
         for seed, curve in own.items()
         for n, count in enumerate(curve.num_labelled)
     )
-    _write_csv(out / f"{setting.name}.csv", rows)
+    write_csv(out / f"{setting.name}.csv", rows)
     _draw(out, setting, curves, lines)
     console.print(_table(setting, lines))
     return lines
@@ -152,18 +149,6 @@ def _draw(out: Path, setting: Setting, curves: Curves, lines: Lines) -> None:
     axes[2].set(xlabel="difference of the area under the accuracy, points", title="look-ahead over plain, 95 %")
     figure.suptitle(f"{setting.name}, {len(seeds)} seeds")
     figure.savefig(out / f"{setting.name}.png", dpi=110)
-
-
-def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(text, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({name: "" if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()})
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def _table(setting: Setting, lines: Lines) -> Table:

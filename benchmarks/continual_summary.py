@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from continual_cells import AFTER, BEFORE, SMOOTHED
+from csv_files import write_csv
 
-from ssm_nn.inference.checkpoints import replacing
 from ssm_nn.inference.metrics import forgetting
 
 MEASURES = {
@@ -118,19 +116,6 @@ def write_tables(folder: Path, scenario: str, cells: Sequence[dict[str, Any]]) -
     write_csv(folder / f"{scenario}-tasks.csv", (cell_columns(c) | row for c in cells for row in c["tasks"]))
     write_csv(folder / f"{scenario}-summary.csv", lines)
     return lines
-
-
-def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Whole or not at all; numbers in full, nan as an empty field."""
-    text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(text, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow({name: "" if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()})
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def _mean(values: Iterable[float]) -> float:

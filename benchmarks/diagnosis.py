@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from csv_files import write_csv
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 from rich.console import Console
@@ -33,7 +34,6 @@ from ssm_nn.models import RandomWalk
 
 OUT = Path(__file__).parent / "results" / "diagnosis"
 SCALE, NOISE = 0.1, 0.3
-FIELDS = ("weights", "tasks", "examples", "method", "draws", "seconds", "ess", "seconds_per_effective", "mean", "sd")
 
 
 def program_of(num_weights: int) -> Callable[..., None]:
@@ -131,10 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
             if any(all(row[name] == str(value) for name, value in settings.items()) for row in rows):
                 continue
             rows.append({name: str(value) for name, value in measured(method, num_weights, parsed).items()})
-            with file.open("w", newline="") as out:
-                writer = csv.DictWriter(out, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(file, rows)
     Console().print(shown(rows))
 
 

@@ -11,7 +11,6 @@ likelihood and evidence, curvature, compression, checks.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import optax
+from csv_files import write_csv
 
 import ssm_nn
 from ssm_nn.inference import LaplaceFilter, LowRank, Minibatch, SketchedCurvature
@@ -220,10 +220,9 @@ def report(rows, arguments, examples, epochs, size) -> None:
     for name, median, low, high in rows:
         print(f"{name:<82} {median:10.3f}  [{low:.3f}, {high:.3f}]")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "filter_cost.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["measure", "median", "minimum", "maximum", "conditions"])
-        writer.writerows([*row, conditions] for row in rows)
+    columns = ("measure", "median", "minimum", "maximum")
+    lines = [dict(zip(columns, row, strict=True)) | {"conditions": conditions} for row in rows]
+    write_csv(arguments.out / "filter_cost.csv", lines)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ so long; then it is resumed to its end. Results go to benchmarks/results/kills.c
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import typer
+from csv_files import write_csv
 from rich.progress import track
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +94,7 @@ def main(kills: int = 100, seed: int = 0) -> None:
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 lines += trial(engine, Path(place), whole[engine], seconds[engine], dice)
             RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *lines])
+            write_csv(RESULTS, (dict(zip(COLUMNS, line, strict=True)) for line in lines))
     equal = sum(bool(line[4]) for line in lines)
     loud = sum(bool(line[5]) for line in lines)
     inside = sum(not line[3] for line in lines)

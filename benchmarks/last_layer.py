@@ -10,7 +10,6 @@ the picture are made of all finished cells. What an update costs is measured by 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from csv_files import write_csv
 from last_layer_methods import Case
 from last_layer_settings import DRAWS, GAMMAS, PROBLEMS, QUICK, RATES, Problem, features_of, points_of
 from last_layer_summary import draw, summarise
@@ -63,8 +63,8 @@ def run(problems: dict[str, Problem], seeds: list[int], out: Path, console: Cons
     for name, problem in problems.items():
         rows = _finished(out, problem)
         found = summarise(rows)
-        _write(out / f"{name}.csv", rows)
-        _write(out / f"{name}-summary.csv", found)
+        write_csv(out / f"{name}.csv", rows)
+        write_csv(out / f"{name}-summary.csv", found)
         console.print(_table(name, found))
         lines += found
     if lines:
@@ -111,14 +111,6 @@ def _finished(out: Path, problem: Problem) -> list[dict[str, Any]]:
         if settings["base"] in problem.base and settings == _settings(problem, settings["base"], settings["seed"]):
             rows += cell["rows"]
     return rows
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def _table(name: str, lines: list[dict[str, Any]]) -> Table:

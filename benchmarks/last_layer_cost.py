@@ -9,7 +9,6 @@ K D = 29,568: an update of 10 points after 1,000 and the process's peak memory. 
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from csv_files import write_csv
 
 from ssm_nn.inference.last_layer.full_covariance import Full
 from ssm_nn.inference.last_layer.head_likelihoods import Categorical
@@ -150,10 +150,8 @@ def main() -> None:
         rows += update_rows(arguments.repeats)
         rows.append(fit_row(min(arguments.repeats, 3), "float64"))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "cost.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["measure", "median", "minimum", "maximum", "aim"])
-        writer.writerows(rows)
+    columns = ("measure", "median", "minimum", "maximum", "aim")
+    write_csv(arguments.out / "cost.csv", (dict(zip(columns, row, strict=True)) for row in rows))
     for name, median, low, high, aim in rows:
         print(f"{name:<60} {median:10.4f}  [{low:.4f}, {high:.4f}]  aim {aim or '-'}")
 

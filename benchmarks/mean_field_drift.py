@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from mean_field_permuted import write
+from csv_files import write_csv
 from mean_field_programs import classifier
 from rich.progress import track
 
@@ -47,7 +47,7 @@ def measure(out: Path, seeds: int = 3) -> list[dict]:
             rows.append(row | {"seconds": seconds})
             curves[stream][name] = correct[0]
             print(f"{stream:12s} {name:40s} {row['accuracy']:.4f} ± {row['sd']:.4f}  {seconds:.1f} s", flush=True)
-            write(out / "drift.csv", rows)
+            write_csv(out / "drift.csv", rows)
     draw(out / "drift.png", curves)
     return rows
 

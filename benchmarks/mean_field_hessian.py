@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from csv_files import write_csv
 from mean_field_figures import draw_hessian
-from mean_field_permuted import RULES, write
+from mean_field_permuted import RULES
 from mean_field_programs import classifier
 
 from ssm_nn.inference.mean_field.engine import MeanFieldFilter
@@ -67,5 +68,5 @@ def measure(out: Path, seed: int = 0) -> list[dict]:
         if name == "first-order":
             words = f"correlation {row['correlation']:.4f}, median ratio {row['median_ratio']:.3f}"
             draw_hessian(out / "hessian.png", exact.ravel(), found.ravel(), words)
-    write(out / "hessian.csv", rows)
+    write_csv(out / "hessian.csv", rows)
     return rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from csv_files import write_csv
 from mean_field_programs import classifier, images, network, permutation
 
 from ssm_nn.inference.checkpoints import load, replacing, save
@@ -107,19 +106,8 @@ def run(setting: Setting, out: Path, all_tasks_at: tuple[int, ...] = (10, 20, 50
         _state_file(rows_file, done - 1).unlink(missing_ok=True)
         print(" ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
         if done % EVERY == 0 or done == setting.tasks:
-            write(out / f"{setting.name}.csv", rows)
+            write_csv(out / f"{setting.name}.csv", rows)
     return rows
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """As CSV; a column of any row."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def _score(prediction, name: str) -> np.ndarray:

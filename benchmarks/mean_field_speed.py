@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
-from mean_field_permuted import RULES, write
+from csv_files import write_csv
+from mean_field_permuted import RULES
 from mean_field_programs import classifier, images, network
 
 from ssm_nn.inference.mean_field.engine import MeanFieldFilter
@@ -67,7 +68,7 @@ def measure(out: Path, repeats: int = 5) -> list[dict]:
     ]
     for row in rows:
         print(f"{row['measure']:<62} {row['median']:10.1f}  [{row['minimum']:.1f}, {row['maximum']:.1f}]")
-    write(out / "speed.csv", rows)
+    write_csv(out / "speed.csv", rows)
     return rows
 
 

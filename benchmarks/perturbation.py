@@ -10,8 +10,6 @@ pictures are made of all finished cells.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 import warnings
 from functools import partial
@@ -21,6 +19,7 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+from csv_files import write_csv
 from matplotlib.figure import Figure
 from perturbation_cells import ALLOCATIONS, Cells, run_cell
 from perturbation_scenarios import SCENARIOS, Scenario
@@ -28,7 +27,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ssm_nn.inference.checkpoints import replacing
 from ssm_nn.inference.metrics import order_disparity
 
 OUT = Path(__file__).parent / "results" / "perturbation"
@@ -107,8 +105,8 @@ def summarise(cells: Cells, scenario: Scenario, out: Path, console: Console) -> 
         if own:
             lines.append({"method": method, **_line(own)})
     if lines:
-        _write(out / f"{scenario.name}.csv", lines)
-        _write(out / f"{scenario.name}-tasks.csv", [_flat(cell, row) for cell in finished for row in cell["tasks"]])
+        write_csv(out / f"{scenario.name}.csv", lines)
+        write_csv(out / f"{scenario.name}-tasks.csv", [_flat(cell, row) for cell in finished for row in cell["tasks"]])
         _draw(out / f"{scenario.name}.png", scenario, finished)
         table = Table(title=scenario.name)
         for name in lines[0]:
@@ -118,7 +116,7 @@ def summarise(cells: Cells, scenario: Scenario, out: Path, console: Console) -> 
         console.print(table)
     if compared:
         rows = [_flat(cell, row) for cell in compared for row in cell["tasks"]]
-        _write(out / f"{scenario.name}-allocations.csv", rows)
+        write_csv(out / f"{scenario.name}-allocations.csv", rows)
         gain = np.array([row["paper_truncated_nll"] - row["exact_truncated_nll"] for row in rows])
         tuned = np.array([row["paper_nll"] - row["exact_nll"] for row in rows])
         console.print(
@@ -163,16 +161,6 @@ def _flat(cell: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in row.items() if not isinstance(value, dict)}
     nested = {f"{k}_{n}": v for k, value in row.items() if isinstance(value, dict) for n, v in value.items()}
     return named | flat | nested
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
 
 
 def _draw(path: Path, scenario: Scenario, cells: list[dict[str, Any]]) -> None:

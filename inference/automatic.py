@@ -37,11 +37,10 @@ class AutomaticEstimator:
 
     def bind(self, program: Any) -> Callable[[MapProblem, Array, Array], MapResult]:
         """The minimiser for ``program``; which one runs depends on the shapes of the problem alone."""
-        bound = [(one, one.bind(program)) for one in (self.small, self.medium, self.large)]
+        bound = {one: one.bind(program) for one in (self.small, self.medium, self.large)}
 
         def run(problem: MapProblem, start: Array, key: Array) -> MapResult:
-            chosen = self.choice(program, problem)
-            return next(search for one, search in bound if one is chosen)(problem, start, key)
+            return bound[self.choice(program, problem)](problem, start, key)
 
         return run
 

@@ -9,7 +9,18 @@ import jax.numpy as jnp
 
 from ssm_nn.tasks import Task
 
-__all__ = ["as_arrays", "batched", "rows", "with_mask", "without_masked"]
+__all__ = [
+    "as_arrays",
+    "batched",
+    "counted_copies",
+    "index_batches",
+    "one_batch",
+    "rows",
+    "single",
+    "some_examples",
+    "with_mask",
+    "without_masked",
+]
 
 Array = Any
 
@@ -55,10 +66,23 @@ def without_masked(task: Task) -> Task:
     """
     if task.data and (not task.num_examples or (task.mask is not None and not bool(jnp.any(task.mask)))):
         return Task({}, task.context)
-    if task.mask is None or not task.data:
-        return task
-    source = jnp.where(task.mask, jnp.arange(task.num_examples), jnp.argmax(task.mask))
+    return task if task.mask is None or not task.data else counted_copies(task)
+
+
+def counted_copies(task: Task) -> Task:
+    """With a mask, and the first counted example in the place of each masked one; may be traced."""
+    task = with_mask(task)
+    source = jnp.where(task.mask, jnp.arange(task.mask.shape[0]), jnp.argmax(task.mask))
     return _made(jax.tree.map(lambda array: jnp.take(array, source, axis=0), task.data), task.context, task.mask)
+
+
+def some_examples(key: Array, task: Task, most: int) -> tuple[Array, Array]:
+    """Indices of at most ``most`` examples (n,), drawn without replacement where there are more, and how many count."""
+    total = task.num_examples
+    chosen = jnp.arange(total)
+    if total > most:
+        chosen = jax.random.permutation(key, total)[:most]
+    return chosen, jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
 
 
 def index_batches(indices: Array, size: int, total: int) -> Array:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import StateSpace
-from ssm_nn.inference.batches import index_batches, rows
+from ssm_nn.inference.batches import index_batches, rows, some_examples
 from ssm_nn.inference.checks import check_count, check_finite, check_positive
 from ssm_nn.inference.curvature import Information, columns, random_column, sampled_gradient
 from ssm_nn.inference.layer_passes import LayerPasses, layers_of
@@ -184,11 +184,7 @@ class KroneckerCurvature:
         if not isinstance(structure, Kronecker):
             raise ValueError(f"KroneckerCurvature serves Kronecker, not {structure}; use ExactCurvature")
         subset_key, sign_key, rest_key, rough_key = jax.random.split(key, 4)
-        total = task.num_examples
-        chosen = jnp.arange(total)
-        if total > self.examples:
-            chosen = jax.random.permutation(subset_key, total)[: self.examples]
-        counted = jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
+        chosen, counted = some_examples(subset_key, task, self.examples)
         scale = power * jnp.sum(task.mask) / counted
         draw = self._draws(space, structure, theta, task, predicted, power, rough_key) if self.spread else None
         passes = LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)

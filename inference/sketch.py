@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace
-from ssm_nn.inference.batches import index_batches, rows
+from ssm_nn.inference.batches import index_batches, rows, some_examples
 from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.curvature import Information, random_column, sampled_gradient
 from ssm_nn.inference.structures import Diagonal, LowRank, Structure
@@ -113,15 +113,11 @@ class SketchedCurvature:
     def _small_batches(self, task: Task, key: Array) -> tuple[Array, Array]:
         """Indices (groups, columns, column_batch) of examples drawn without replacement, and what one of them counts."""
         total = task.num_examples
-        chosen = jnp.arange(total)
-        if total > self.examples:
-            chosen = jax.random.permutation(key, total)[: self.examples]
+        chosen, counted = some_examples(key, task, self.examples)
         columns = index_batches(chosen, min(self.column_batch, total), total)
         together = min(_COLUMNS_TOGETHER, columns.shape[0])
         groups = index_batches(columns.ravel(), together * columns.shape[1], total)
-        counted = jnp.sum(jnp.take(task.mask, chosen, mode="clip"))
-        scale = jnp.sum(task.mask) / jnp.maximum(counted, 1)
-        return groups.reshape(-1, together, columns.shape[1]), scale
+        return groups.reshape(-1, together, columns.shape[1]), jnp.sum(task.mask) / counted
 
     @staticmethod
     def _for_range(columns: Array, width: int) -> Array:

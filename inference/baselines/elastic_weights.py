@@ -12,48 +12,28 @@ Sources: Kirkpatrick et al. 2017 (arXiv 1612.00796); Schwarz et al. 2018 (arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ssm_nn.extraction import Program, extract
-from ssm_nn.inference.baselines.training import TaskByTask, anchored
+from ssm_nn.inference.baselines.anchoring import AnchoredState, Anchoring
 from ssm_nn.inference.batches import index_batches, rows, single, with_mask
-from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.checks import check_finite
 from ssm_nn.inference.curvature import random_column
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapResult, all_finite
-from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task
 
-__all__ = ["ElasticState", "OnlineEWC", "diagonal_fisher"]
+__all__ = ["OnlineEWC", "diagonal_fisher"]
 
 Array = Any
 
 _CHUNK_NUMBERS = 2**24  # gradients of single examples held together: 64 MiB in float32
 
 
-class ElasticState(NamedTuple):
-    """All that the next task needs of the past.
-
-    Attributes:
-        step: number of tasks so far.
-        key: of the random choices to come.
-        mean: (P,), the weights.
-        fisher: (P,), the decayed sum of the tasks' Fisher diagonals, in nats per squared weight.
-    """
-
-    step: Array
-    key: Array
-    mean: Array
-    fisher: Array
-
-
-class OnlineEWC(TaskByTask[ElasticState]):
+class OnlineEWC(Anchoring):
     """Online EWC on the program, prior, power and estimator of a filter.
 
     Args:
@@ -63,39 +43,22 @@ class OnlineEWC(TaskByTask[ElasticState]):
     """
 
     def __init__(self, engine: LaplaceFilter, strength: float = 1.0, decay: float = 1.0):
-        super().__init__(engine)
-        check_finite(0.0, strength=strength)
+        super().__init__(engine, strength, firmness=strength)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}; a number from 0 to 1 is accepted")
-        self.strength, self.decay = float(strength), float(decay)
+        self.decay = float(decay)
 
-    def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> ElasticState:
-        """No information yet, and the weights where the filter's first search starts.
-
-        Args:
-            key: a ``jax.random.key``, or a whole number taken as its seed.
-            task: the first task; it gives shapes and is checked.
-        """
-        begun = self._begun(key, task)
-        return ElasticState(*begun, jnp.zeros_like(begun.mean))
-
-    def belief(self, state: ElasticState, task: Task | Mapping[str, Any] | None = None) -> Belief:
-        """N(weights, 1 / (prior's precision + strength F))."""
-        prior = self._diagonal_prior(task)
-        return Belief(state.mean, DiagonalPrecision(prior.precision.diagonal + self.strength * state.fisher))
-
-    def _learn(self, state: ElasticState, task: Task) -> tuple[ElasticState, MapResult]:
+    def _learn(self, state: AnchoredState, task: Task) -> tuple[AnchoredState, MapResult]:
         key, map_key = jax.random.split(state.key)
-        around = anchored(self._diagonal_prior(task), state.mean, self.strength * state.fisher)
-        mean, found = self._search(state.mean, around, task, map_key)
-        fisher = state.fisher
+        mean, found = self._search(state.mean, self._around(state, task), task, map_key)
+        fisher = state.importance
         if found.status != NOT_FINITE:
             sign_key = jax.random.fold_in(map_key, 0)
             new = diagonal_fisher(self.engine.program, self.engine.hypers, mean, with_mask(task), sign_key)
-            fisher = self.decay * state.fisher + self.engine.power * new
+            fisher = self.decay * state.importance + self.engine.power * new
             if not bool(all_finite(fisher)):
-                mean, fisher, found = state.mean, state.fisher, found._replace(status=NOT_FINITE)
-        return ElasticState(state.step + 1, key, mean, fisher), found
+                mean, fisher, found = state.mean, state.importance, found._replace(status=NOT_FINITE)
+        return AnchoredState(state.step + 1, key, mean, fisher), found
 
 
 @partial(jax.jit, static_argnums=0)

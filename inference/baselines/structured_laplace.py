@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from ssm_nn.extraction import Program, extract
 from ssm_nn.inference.baselines.elastic_weights import diagonal_fisher
 from ssm_nn.inference.baselines.training import TaskByTask
-from ssm_nn.inference.batches import with_mask
+from ssm_nn.inference.batches import some_examples, with_mask
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count, check_finite
 from ssm_nn.inference.kronecker import Kronecker
@@ -140,9 +140,7 @@ def _factors(
     """(A, G) of each layer, A a mean over examples and positions and G a sum over them, scaled up to the whole task."""
     space = extract(program, task, hypers)
     subset_key, sign_key = jax.random.split(key)
-    total = task.num_examples
-    chosen = jax.random.permutation(subset_key, total)[:examples] if total > examples else jnp.arange(total)
-    counted = jnp.maximum(jnp.sum(jnp.take(task.mask, chosen)), 1)
+    chosen, counted = some_examples(subset_key, task, examples)
     passes = LayerPasses(space, theta, task, chosen, sign_key, examples)
     scale = jnp.sum(task.mask) / counted
     return tuple(

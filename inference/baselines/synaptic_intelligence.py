@@ -13,48 +13,30 @@ nothing was learnt, counts as 0. Source: Zenke, Poole, Ganguli 2017 (arXiv 1703.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ssm_nn.extraction import Program, extract
-from ssm_nn.inference.baselines.training import TaskByTask, anchored, minibatch_of
+from ssm_nn.inference.baselines.anchoring import AnchoredState, Anchoring
+from ssm_nn.inference.baselines.training import minibatch_of
 from ssm_nn.inference.batches import index_batches
-from ssm_nn.inference.beliefs import Belief
-from ssm_nn.inference.checks import check_finite, check_positive
+from ssm_nn.inference.checks import check_positive
 from ssm_nn.inference.epochs import batch_log_likelihood, run_epochs
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import NOT_FINITE, MapProblem, MapResult
 from ssm_nn.inference.minibatch import Minibatch
-from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task
 
-__all__ = ["SynapticIntelligence", "SynapticState"]
+__all__ = ["SynapticIntelligence"]
 
 Array = Any
 
 
-class SynapticState(NamedTuple):
-    """All that the next task needs of the past.
-
-    Attributes:
-        step: number of tasks so far.
-        key: of the random choices to come.
-        mean: (P,), the weights.
-        importance: (P,), >= 0, in nats per squared weight.
-    """
-
-    step: Array
-    key: Array
-    mean: Array
-    importance: Array
-
-
-class SynapticIntelligence(TaskByTask[SynapticState]):
+class SynapticIntelligence(Anchoring):
     """SI on the program, prior and power of a filter.
 
     Args:
@@ -68,33 +50,14 @@ class SynapticIntelligence(TaskByTask[SynapticState]):
     def __init__(
         self, engine: LaplaceFilter, strength: float = 1.0, damping: float = 1e-3, minibatch: Minibatch | None = None
     ):
-        super().__init__(engine)
-        check_finite(0.0, strength=strength)
+        super().__init__(engine, strength, firmness=2 * strength)
         check_positive(damping=damping)
-        self.strength, self.damping = float(strength), float(damping)
+        self.damping = float(damping)
         self.minibatch = minibatch_of(engine, minibatch, type(self).__name__)
 
-    def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> SynapticState:
-        """No importance yet, and the weights where the filter's first search starts.
-
-        Args:
-            key: a ``jax.random.key``, or a whole number taken as its seed.
-            task: the first task; it gives shapes and is checked.
-        """
-        begun = self._begun(key, task)
-        return SynapticState(*begun, jnp.zeros_like(begun.mean))
-
-    def belief(self, state: SynapticState, task: Task | Mapping[str, Any] | None = None) -> Belief:
-        """N(weights, 1 / (prior's precision + 2 strength importance)): the penalty read as a log density."""
-        prior = self._diagonal_prior(task)
-        return Belief(state.mean, DiagonalPrecision(prior.precision.diagonal + self._weight(state)))
-
-    def _weight(self, state: SynapticState) -> Array:
-        return 2 * self.strength * state.importance
-
-    def _learn(self, state: SynapticState, task: Task) -> tuple[SynapticState, MapResult]:
+    def _learn(self, state: AnchoredState, task: Task) -> tuple[AnchoredState, MapResult]:
         key, path_key = jax.random.split(state.key)
-        around = anchored(self._diagonal_prior(task), state.mean, self._weight(state))
+        around = self._around(state, task)
         problem = self._problem(around, task)
         start = state.mean - around.mean
         carry = (start, jnp.zeros_like(start), self.minibatch.optimizer.init(start))
@@ -106,7 +69,7 @@ class SynapticIntelligence(TaskByTask[SynapticState]):
         if found.status == NOT_FINITE:
             return state._replace(step=state.step + 1, key=key), found
         gained = jnp.maximum(path, 0) / (jnp.square(shift - start) + self.damping)
-        return SynapticState(state.step + 1, key, around.mean + shift, state.importance + gained), found
+        return AnchoredState(state.step + 1, key, around.mean + shift, state.importance + gained), found
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

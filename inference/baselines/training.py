@@ -141,12 +141,6 @@ class TaskByTask[State: NamedTuple](Training, ABC):
         return tuple(beliefs)
 
 
-def anchored(prior: Belief, mean: Array, weight: Array) -> Belief:
-    """``N(prior) N(mean, 1 / weight)`` up to a constant, for a diagonal prior; (P,) each, a weight of 0 says nothing."""
-    total = prior.precision.diagonal + weight
-    return Belief(prior.mean + weight / total * (mean - prior.mean), DiagonalPrecision(total))
-
-
 def minibatch_of(engine: LaplaceFilter, minibatch: Minibatch | None, owner: str) -> Minibatch:
     """The settings given, or the engine's; ValueError where neither are mini-batches."""
     chosen = engine.estimator if minibatch is None else minibatch

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace, extract
 from ssm_nn.inference.automatic import AutomaticEstimator
-from ssm_nn.inference.batches import with_mask
+from ssm_nn.inference.batches import counted_copies
 from ssm_nn.inference.beliefs import Belief, predict_belief
 from ssm_nn.inference.curvature import ExactCurvature
 from ssm_nn.inference.differentiable import TaskEvidence
@@ -68,7 +68,7 @@ class TracedFilter:
             key: a ``jax.random.key``, as ``engine.run`` takes it.
         """
         engine = self.engine
-        first = _filled(tasks.at(0))
+        first = counted_copies(tasks.at(0))
         space = extract(engine.program, first, hypers)
         before = Belief(space.prior_mean, self._pieces.structure.prior(space.prior_variance))
         dtype = space.prior_mean.dtype
@@ -76,7 +76,7 @@ class TracedFilter:
 
         def step(carry: tuple[Belief, Array, Array], parts: Any) -> tuple[Any, tuple[Array, Array]]:
             belief, index, key = carry
-            task = _filled(Task.tree_unflatten(None, parts))
+            task = counted_copies(Task.tree_unflatten(None, parts))
             next_key, map_key, curvature_key = jax.random.split(key, 3)
             found, status = self._search(hypers, belief, index, task, map_key)
             belief, value = revised(hypers, belief, index, task, found, curvature_key)
@@ -126,11 +126,3 @@ def _check_estimator(estimator: Any) -> GaussNewton | Lbfgs:
             "GaussNewton(...) and Lbfgs(...): pass one as estimator"
         )
     return estimator
-
-
-def _filled(task: Task) -> Task:
-    """With a mask, and a counted example in the place of each masked one, whose gradient might be nan."""
-    task = with_mask(task)
-    source = jnp.where(task.mask, jnp.arange(task.mask.shape[0]), jnp.argmax(task.mask))
-    data = jax.tree.map(lambda array: jnp.take(array, source, axis=0), task.data)
-    return Task.tree_unflatten(None, (data, task.context, task.mask))

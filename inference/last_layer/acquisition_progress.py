@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ssm_nn.inference.batch_bar import BatchBar
 
 __all__ = ["LabellingBar"]
 
 
-class LabellingBar:
+class LabellingBar(BatchBar):
     """A bar on the terminal; ``with LabellingBar(20) as bar: learner.run(oracle, 20, progress=bar)``.
 
     Args:
@@ -21,26 +19,9 @@ class LabellingBar:
     """
 
     def __init__(self, total: int, description: str = "labelling", console: Console | None = None):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task(description, total=total, words="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        super().__init__(total, description, console)
 
     def __call__(self, done: int, num_labelled: int, scores: dict[str, float]) -> None:
         """After a batch."""
         words = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        self._progress.update(self._task, completed=done, words=f"{num_labelled} labels  {words}")
+        self._advance(done, f"{num_labelled} labels  {words}")

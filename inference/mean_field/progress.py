@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ssm_nn.inference.batch_bar import BatchBar
 from ssm_nn.inference.mean_field.states import MeanFieldInfo, MeanFieldState
 
 __all__ = ["LearningBar"]
@@ -16,7 +13,7 @@ __all__ = ["LearningBar"]
 _MEMORY = 0.9  # of the running means, a block
 
 
-class LearningBar:
+class LearningBar(BatchBar):
     """A bar on the terminal; ``with LearningBar(len(batches)) as bar: engine.run(state, batches, progress=bar)``.
 
     Accuracy and epistemic uncertainty (nats an example) are of examples met for the first time, fading by blocks.
@@ -28,26 +25,9 @@ class LearningBar:
     """
 
     def __init__(self, total: int | None = None, description: str = "learning", console: Console | None = None):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task(description, total=total, words="")
+        super().__init__(total, description, console)
         self._counts = np.zeros(3)  # examples, right ones, epistemic nats
         self._examples = 0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, done: int, state: MeanFieldState, info: MeanFieldInfo) -> None:
         """After a block."""
@@ -55,9 +35,8 @@ class LearningBar:
         here = np.array([np.sum(info.counted), np.sum(info.correct), np.sum(info.epistemic)], float)
         self._counts = _MEMORY * self._counts + here
         self._examples += int(here[0])
-        elapsed = self._progress.tasks[self._task].elapsed or 0.0
-        words = f"{self._examples / elapsed:,.0f} examples/s" if elapsed > 0 else ""
+        words = f"{self._examples / self._elapsed:,.0f} examples/s" if self._elapsed > 0 else ""
         if np.all(np.isfinite(self._counts)) and self._counts[0]:
             accuracy, epistemic = self._counts[1:] / self._counts[0]
             words += f"  accuracy {accuracy:.1%}  epistemic {epistemic:.3f} nats"
-        self._progress.update(self._task, completed=done, words=words)
+        self._advance(done, words)
