@@ -232,7 +232,7 @@ def maximum(function, start):
 
 @x64
 @exact
-@pytest.mark.parametrize("start", [(2.0, 0.01), (0.001, 1.0)])
+@pytest.mark.parametrize("start", [pytest.param((2.0, 0.01), marks=pytest.mark.slow), (0.001, 1.0)])
 def test_the_fixed_point_is_the_maximum_of_the_exact_evidence(structure, start):
     tasks = tasks_of(1, noise=(0.3, 0.1))
     best, value = maximum(lambda z: evidence(tasks, np.exp(z)), np.log([0.3, 0.1]))

@@ -107,7 +107,7 @@ def check(problem):
 
 
 few = settings(
-    max_examples=4, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=2, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

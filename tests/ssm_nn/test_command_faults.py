@@ -102,7 +102,9 @@ def test_a_run_that_is_terminated_ends_cleanly_and_says_how_to_go_on(tmp_path):
     assert not list(path.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "altered"])
+@pytest.mark.parametrize(
+    "damage", [*(pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "empty")), "altered"]
+)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_serves(whole, tmp_path, monkeypatch, damage):
     path = tmp_path / "run"
     _, written = interrupted(path, monkeypatch, 2)

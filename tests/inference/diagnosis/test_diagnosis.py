@@ -104,6 +104,7 @@ def test_a_rank_too_low_is_red_and_a_full_one_is_not():
     assert full.structure.lost.max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_map_search_that_stops_short_is_red():
     light = diagnosis(program=logistic, tasks=labelled(0), estimator=GaussNewton(max_steps=1)).light("MAP search")
     assert light.colour == Colour.RED
@@ -147,6 +148,7 @@ def test_a_tempered_likelihood_is_named():
     assert "counted the likelihood 2 times" in light.finding
 
 
+@pytest.mark.slow
 def test_a_diagonal_is_told_what_it_loses():
     found = diagnosis(Diagonal())
     assert found.structure.lost.sum() > 0.5

@@ -107,7 +107,7 @@ def assert_agree(draws, exact):
 
 def test_collapsed_nuts_finds_the_exact_posterior_of_the_hyper_parameters(tasks, exact):
     engine = LaplaceFilter(walking, Dense(), hypers={"scale": 1.0, "noise": 1.0})
-    draws = nuts(marginalize(walking, engine), tasks, samples=800)
+    draws = nuts(marginalize(walking, engine), tasks, samples=400)
     assert_agree(draws, exact)
     assert (draws["unconverged_tasks"] == 0).all()
     at = {name: float(draws[name][0]) for name in ("scale", "noise")}
