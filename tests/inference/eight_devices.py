@@ -185,7 +185,7 @@ def main():
                 one, many = linear(np.dtype(part.replace("low-rank", "float")), LowRank(7))
             elif part == "diagonal64":
                 one, many = linear(np.dtype("float64"), Diagonal())
-            elif part == "mean-field64":
+            elif part.startswith("mean-field"):
                 one, many = mean_field(None), mean_field(MESH)
             elif part == "network64":
                 one, many = pair(program_of((8, 6, 3), classes), LowRank(7), tasks_of(None, 8, 3, 2))
