@@ -24,8 +24,8 @@ from scipy.stats import norm
 
 from ssm_nn.inference import Dense, LaplaceFilter, predict
 from ssm_nn.inference.evidence_gradient import maximise_evidence
-from ssm_nn.models import regression
 from ssm_nn.models.networks import mlp
+from ssm_nn.models.programs import regression
 
 OUT = Path(__file__).parent / "results"
 LEVELS = (0.5, 0.8, 0.95)

@@ -29,9 +29,9 @@ from ssm_nn.inference import FilterWarning, LaplaceFilter, LowRank, predict
 from ssm_nn.inference.evidence_gradient import maximise_evidence
 from ssm_nn.inference.expectation_maximisation import learn_kernel
 from ssm_nn.inference.metrics import accuracy, nll
-from ssm_nn.models import classification
 from ssm_nn.models.datasets import load
 from ssm_nn.models.networks import mlp
+from ssm_nn.models.programs import classification
 from ssm_nn.models.streams import TaskStream, rotated
 
 OUT = Path(__file__).parent / "results"

@@ -18,6 +18,7 @@ from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.observations import without_masked
 from ssm_nn.inference.posterior import Posterior
 from ssm_nn.inference.predictive import AtMean, Linearised, Prediction, ThroughNetwork, predict
+from ssm_nn.inference.prefetch import prefetched
 from ssm_nn.inference.sketch import SketchedCurvature
 from ssm_nn.inference.structures import Dense, Diagonal, LowRank
 from ssm_nn.inference.switching import SwitchingFilter
@@ -57,6 +58,7 @@ __all__ = [
     "marginals_of",
     "maximise_evidence",
     "predict",
+    "prefetched",
     "profile_kernel",
     "to_datatree",
     "without_masked",
