@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not any(row["seed"] == str(seed) for row in rows):
             rows += [{name: str(value) for name, value in row.items()} for row in one_seed(seed, parsed.visits)]
             write_csv(file, rows)
-    Console().print(shown(rows))
+    lines = summary_of(rows)
+    write_csv(parsed.out / "coverage-summary.csv", lines)
+    Console().print(shown(lines))
 
 
 def one_seed(seed: int, num_visits: int) -> list[dict[str, Any]]:
@@ -77,14 +79,24 @@ def one_seed(seed: int, num_visits: int) -> list[dict[str, Any]]:
     return rows
 
 
-def shown(rows: list[dict[str, Any]]) -> Table:
-    """Mean and standard error over seeds."""
-    table = Table("view", "nominal", "covered", "standard error", "seeds", title="central predictive intervals")
+def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line a view and level: mean over seeds, and its standard error."""
+    lines = []
     for view in ("filtered", "smoothed"):
         for level in LEVELS:
             own = [float(r["covered"]) for r in rows if r["view"] == view and float(r["level"]) == level]
-            error = np.std(own, ddof=1) / np.sqrt(len(own)) if len(own) > 1 else np.nan
-            table.add_row(view, f"{level:.0%}", f"{np.mean(own):.1%}", f"{error:.1%}", str(len(own)))
+            error = float(np.std(own, ddof=1) / np.sqrt(len(own))) if len(own) > 1 else np.nan
+            line = {"view": view, "level": level, "covered": float(np.mean(own)), "standard_error": error}
+            lines.append(line | {"seeds": len(own)})
+    return lines
+
+
+def shown(lines: list[dict[str, Any]]) -> Table:
+    """The summary."""
+    table = Table("view", "nominal", "covered", "standard error", "seeds", title="central predictive intervals")
+    for line in lines:
+        shares = (f"{line[name]:.1%}" for name in ("level", "covered", "standard_error"))
+        table.add_row(line["view"], *shares, str(line["seeds"]))
     return table
 
 

@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not any(row["seed"] == str(seed) for row in rows):
             rows += [{name: str(value) for name, value in row.items()} for row in one_seed(seed, parsed.draws)]
             write_csv(file, rows)
-    Console().print(shown(rows))
+    lines = summary_of(rows)
+    write_csv(parsed.out / "engines-summary.csv", lines)
+    Console().print(shown(lines))
 
 
 def program_of(network: Any) -> Callable[[Any], None]:
@@ -177,25 +179,30 @@ def covered(mean: np.ndarray, variance: np.ndarray, new: list[Any]) -> float:
     return float(np.mean(np.abs(y - mean) < norm.ppf(0.5 + LEVEL / 2) * np.sqrt(variance)))
 
 
-def shown(rows: list[dict[str, Any]]) -> Table:
-    """Means over seeds; LOO as the difference to NUTS, its largest size beside it."""
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    mixed = max(float(row["r_hat"]) for row in rows if row["engine"] == "NUTS")
-    table = Table(title=f"{len(seeds)} seeds; largest r-hat of NUTS' functions {mixed:.2f}")
-    for column in ("engine", "k-hat", "of a visit", "distance", "90 % covers", "LOO - NUTS', nats", "at most", "s"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    nuts = {row["seed"]: float(row["elpd"]) for row in rows if row["engine"] == "NUTS"}
+def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line an engine: means over seeds; LOO as the difference to NUTS, in nats, its largest size beside it."""
+    nuts = {row["seed"]: row for row in rows if row["engine"] == "NUTS"}
+    lines = []
     for name in ("NUTS", *ENGINES):
         own = [row for row in rows if row["engine"] == name]
+        line: dict[str, Any] = {"engine": name, "seeds": len(own)}
+        for column in ("khat", "task_khat", "distance", "covered", "seconds"):
+            values = [float(row[column]) for row in own if row[column]]
+            line[column] = float(np.mean(values)) if values else np.nan
+        away = np.array([float(row["elpd"]) - float(nuts[row["seed"]]["elpd"]) for row in own])
+        line |= {"loo_minus_nuts": float(away.mean()), "loo_at_most_away": float(np.abs(away).max())}
+        line["largest_r_hat"] = max(float(row["r_hat"]) for row in nuts.values()) if name == "NUTS" else np.nan
+        lines.append(line)
+    return lines
 
-        def mean(column: str, own: list[dict[str, Any]] = own) -> str:
-            values = [float(row[column]) for row in own if row[column] not in ("", None)]
-            return f"{np.mean(values):.2f}" if values else ""
 
-        away = np.array([float(row["elpd"]) - nuts[row["seed"]] for row in own])
-        largest = f"{np.max(np.abs(away)):.1f}"
-        cells = mean("khat"), mean("task_khat"), mean("distance"), mean("covered"), f"{away.mean():+.1f}", largest
-        table.add_row(name, *cells, mean("seconds"))
+def shown(lines: list[dict[str, Any]]) -> Table:
+    """The summary."""
+    table = Table(title="engines against NUTS: means over seeds")
+    for column in lines[0]:
+        table.add_column(column.replace("_", " "), justify="left" if column == "engine" else "right")
+    for line in lines:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in line.values()))
     return table
 
 

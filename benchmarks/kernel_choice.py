@@ -4,8 +4,8 @@
 
 Images turned 5 degrees further each task, 50 labels a task, 10 tasks; diagonal plus low rank. Every choice is made on the
 training labels of the stream alone. Judged are its evidence, and what filter and smoother say of each task's test images,
-averaged over the belief. Writes ``results/kernel_choice.csv``, a line a choice, and ``results/kernel_choice-tasks.csv``, a
-line a task of it; begun runs go on after the last finished seed.
+averaged over the belief. Writes ``results/kernel_choice.csv``, a line a choice, ``-tasks.csv``, a line a task of it, and
+``-summary.csv``; begun runs go on after the last finished seed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ NOISES = (0.0, 0.01, 0.1, 0.5, 2.0)  # variances of a step, over a prior varianc
 PRIOR_SCALES = {"digits": 1.0, "mnist": 0.3, "fashion-mnist": 0.3}  # hundreds of inputs, not 64
 START = 0.1  # of the gradient and of EM, over the prior variance
 RANK, HIDDEN, LABELS, STEP = 100, 24, 50, 5.0
-STATIC, SINGLE, GRID, GRADIENT, EM = "static", "best single", "best of the grid", "gradient", "EM"
+STATIC, SINGLE, GRID, GRADIENT, EM = "static", "single", "grid", "gradient", "em"
+ROUNDING = 0.05  # nats
 Row = dict[str, Any]
 Chosen = tuple[Mapping[str, Any], float]  # hyper-parameters, seconds
 
@@ -70,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
             tasks += [{name: str(value) for name, value in row.items()} for row in judged]
             for file, rows in zip(files, (choices, tasks), strict=True):
                 write_csv(file, rows)
-    Console().print(shown(choices, tasks))
+    lines = summary_of(choices, tasks)
+    write_csv(parsed.out / "kernel_choice-summary.csv", lines)
+    Console().print(shown(lines))
 
 
 def one_seed(
@@ -146,62 +149,42 @@ def _timed(choose: Callable[[], Mapping[str, Any]]) -> Chosen:
     return choose(), time.perf_counter() - began
 
 
-def shown(choices: list[Row], tasks: list[Row]) -> Table:
-    """Means over seeds, and in how many seeds, or tasks of a seed, one choice is above another."""
-    table = Table(title="drifting rotation, 50 labels a task: means over seeds")
-    for column in (
-        "data",
-        "choice",
-        "seeds",
-        "q first",
-        "q last",
-        "log evidence",
-        "above static",
-        "above single",
-        "at least the grid's",
-        "NLL filtered",
-        "smoothed",
-        "below static's",
-        "below single's",
-        "smoothing helps: tasks of 10, NLL, accuracy",
-        "s",
-    ):
-        table.add_column(column, justify="left" if column in ("data", "choice") else "right")
+def summary_of(choices: list[Row], tasks: list[Row]) -> list[Row]:
+    """A line a data set and choice: means over seeds, and in how many seeds, or tasks of a seed, it is above another."""
+    lines = []
     for dataset in dict.fromkeys(row["dataset"] for row in choices):
         by = {(row["choice"], row["seed"]): row for row in choices if row["dataset"] == dataset}
         seeds = list(dict.fromkeys(seed for _, seed in by))
         for name in (STATIC, SINGLE, GRID, GRADIENT, EM):
             own = [by[name, seed] for seed in seeds]
 
-            def mean(column: str, own: list[Row] = own) -> float:
-                return float(np.mean([float(row[column]) for row in own]))
+            def gains(column: str, other: str, own: list[Row] = own, by: Any = by) -> list[float]:
+                return [float(row[column]) - float(by[other, row["seed"]][column]) for row in own]
 
-            def wins(column: str, other: str, sign: int, own: list[Row] = own, by: Any = by) -> str:
-                pairs = [(float(row[column]), float(by[other, row["seed"]][column])) for row in own]
-                return str(sum(sign * (mine - its) >= -0.05 for mine, its in pairs))
-
+            line: Row = {"dataset": dataset, "choice": name, "seeds": len(seeds)}
+            for column in ("first", "last", "log_evidence", "filtered_nll", "smoothed_nll", "seconds"):
+                line[column] = float(np.mean([float(row[column]) for row in own]))
+            for other in (STATIC, SINGLE):
+                line[f"evidence_above_{other}"] = sum(gain > 0 for gain in gains("log_evidence", other))
+                line[f"nll_below_{other}"] = sum(gain < 0 for gain in gains("smoothed_nll", other))
+            line["at_least_the_grid"] = sum(gain >= -ROUNDING for gain in gains("log_evidence", GRID))
             of_tasks = [row for row in tasks if row["dataset"] == dataset and row["choice"] == name]
-            helped = [
-                10 * np.mean([sign * (float(r[f"smoothed_{m}"]) - float(r[f"filtered_{m}"])) > 0 for r in of_tasks])
-                for m, sign in (("nll", -1), ("accuracy", 1))
-            ]
-            table.add_row(
-                dataset,
-                name,
-                str(len(seeds)),
-                f"{mean('first'):.3g}",
-                f"{mean('last'):.3g}",
-                f"{mean('log_evidence'):.1f}",
-                wins("log_evidence", STATIC, 1),
-                wins("log_evidence", SINGLE, 1),
-                wins("log_evidence", GRID, 1),
-                f"{mean('filtered_nll'):.3f}",
-                f"{mean('smoothed_nll'):.3f}",
-                str(sum(float(r["smoothed_nll"]) < float(by[STATIC, r["seed"]]["smoothed_nll"]) for r in own)),
-                str(sum(float(r["smoothed_nll"]) < float(by[SINGLE, r["seed"]]["smoothed_nll"]) for r in own)),
-                f"{helped[0]:.1f}, {helped[1]:.1f}",
-                f"{mean('seconds'):.0f}",
-            )
+            for metric, sign in (("nll", -1), ("accuracy", 1)):
+                helped = [
+                    sign * (float(r[f"smoothed_{metric}"]) - float(r[f"filtered_{metric}"])) > 0 for r in of_tasks
+                ]
+                line[f"tasks_smoothing_helps_{metric}"] = len(of_tasks) / len(seeds) * float(np.mean(helped))
+            lines.append(line)
+    return lines
+
+
+def shown(lines: list[Row]) -> Table:
+    """The summary."""
+    table = Table(title="drifting rotation, 50 labels a task: means over seeds")
+    for column in lines[0]:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("dataset", "choice") else "right")
+    for line in lines:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line.values()))
     return table
 
 

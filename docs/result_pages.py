@@ -45,6 +45,28 @@ PAGES = {
         ("uv run python benchmarks/continual.py permuted-mnist-10 --seeds 0 1 2",),
         (Section("continual/*-summary.csv", "`{stem}`"),),
     ),
+    "kernels": Page(
+        "Choosing the kernel, and what its intervals hold",
+        "Images that turn 5 degrees a task, 50 labels each: the walk's variance (over that of the prior) of the first and the "
+        "last layer by several criteria, on training labels alone. `evidence_above_` and `nll_below_` count seeds; "
+        "`tasks_smoothing_helps_` counts tasks of a stream. Below it, coverage of predictive intervals on a drifting curve.",
+        ("uv run python benchmarks/kernel_choice.py digits", "uv run python benchmarks/coverage.py"),
+        (
+            Section("kernel_choice-summary.csv", "Noise of the layers"),
+            Section("coverage-summary.csv", "Coverage"),
+        ),
+    ),
+    "diagnosis": Page(
+        "Engines judged by NUTS",
+        "A small drifting network by every engine and by NUTS on the same program: k-hat of trajectories and of single "
+        "updates, distance of predictions (W2 in NUTS' standard deviations), coverage of 90 % intervals, PSIS-LOO. Below it, "
+        "weights integrated out against NUTS on the full program.",
+        ("uv run python benchmarks/engines_against_nuts.py", "uv run python benchmarks/diagnosis.py"),
+        (
+            Section("diagnosis/engines-summary.csv", "Engines"),
+            Section("diagnosis/marginalize.csv", "Seconds for an effective draw of the kernel's scale"),
+        ),
+    ),
     "mean_field": Page(
         "Mean-field learning without task boundaries",
         "A row is one task of permuted images, learnt batch by batch without being told where a task ends. `learnt` is the "

@@ -163,7 +163,7 @@ def diagnose(
     """Judge a posterior: MAP search, structure, kernel, rounding, importance weights, innovations, coverage, leave-one-out.
 
     Args:
-        posterior: what ``LaplaceFilter.smooth`` returned.
+        posterior: what ``LaplaceFilter.smooth`` or ``mean_field.smooth_path`` returned.
         tasks: the tasks that it was made from, with their observed values.
         num_samples: draws, at least 100.
         key: a seed.

@@ -20,10 +20,10 @@ def test_choices_are_ordered_as_their_names_say_and_a_finished_seed_is_read(tmp_
     first = (tmp_path / "kernel_choice.csv").read_bytes()
     rows = {row["choice"]: row for row in csv.DictReader(first.decode().splitlines())}
     evidence = {name: float(row["log_evidence"]) for name, row in rows.items()}
-    assert list(rows) == ["static", "best single", "best of the grid", "gradient", "EM"]
-    assert evidence["static"] <= evidence["best single"] <= evidence["best of the grid"]
+    assert list(rows) == ["static", "single", "grid", "gradient", "em"]
+    assert evidence["static"] <= evidence["single"] <= evidence["grid"]
     assert (float(rows["static"]["first"]), float(rows["static"]["last"])) == (0.0, 0.0)
-    assert rows["best single"]["first"] == rows["best single"]["last"]
+    assert rows["single"]["first"] == rows["single"]["last"]
     tasks = list(csv.DictReader((tmp_path / "kernel_choice-tasks.csv").open()))
     assert [row["task"] for row in tasks] == ["0", "1"] * 5
 
