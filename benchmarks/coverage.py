@@ -11,12 +11,11 @@ line a seed, view and level; begun runs go on after the last finished seed.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from csv_files import write_csv
+from csv_files import read_csv, write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
     file = parsed.out / "coverage.csv"
-    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    rows = read_csv(file)
     for seed in track(range(parsed.seeds), "seeds", console=Console(stderr=True)):
         if not any(row["seed"] == str(seed) for row in rows):
             rows += [{name: str(value) for name, value in row.items()} for row in one_seed(seed, parsed.visits)]

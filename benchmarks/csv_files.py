@@ -11,7 +11,7 @@ from typing import Any
 
 from ssm_nn.inference.checkpoints import replacing
 
-__all__ = ["write_csv"]
+__all__ = ["read_csv", "write_csv"]
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -30,6 +30,14 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer.writerows({name: "" if _is_nan(value) else value for name, value in row.items()} for row in listed)
     with replacing(path) as file:
         file.write(text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, as text; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _is_nan(value: Any) -> bool:

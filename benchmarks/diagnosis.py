@@ -10,7 +10,6 @@ are of log scale; compilation is left out on both sides. Rows go to ``<out>/marg
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from csv_files import write_csv
+from csv_files import read_csv, write_csv
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 from rich.console import Console
@@ -123,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
     file = parsed.out / "marginalize.csv"
-    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    rows = read_csv(file)
     for num_weights in parsed.weights:
         for method in ("marginalized", "full"):
             settings = {"weights": num_weights, "tasks": parsed.tasks, "examples": parsed.examples, "method": method}

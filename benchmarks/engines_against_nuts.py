@@ -11,7 +11,6 @@ their predictions have not mixed. Rows go to ``<out>/engines.csv``; a run that w
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from csv_files import write_csv
+from csv_files import read_csv, write_csv
 from numpyro.diagnostics import gelman_rubin
 from numpyro.infer import MCMC, NUTS
 from rich.console import Console
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
     file = parsed.out / "engines.csv"
-    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    rows = read_csv(file)
     for seed in track(parsed.seeds, "seeds", console=Console(stderr=True)):
         if not any(row["seed"] == str(seed) for row in rows):
             rows += [{name: str(value) for name, value in row.items()} for row in one_seed(seed, parsed.draws)]

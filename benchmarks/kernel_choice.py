@@ -11,7 +11,6 @@ averaged over the belief. Writes ``results/kernel_choice.csv``, a line a choice,
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import time
 import warnings
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from csv_files import write_csv
+from csv_files import read_csv, write_csv
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--noises is {parsed.noises}; 0 is wanted among them: it is the static model")
     parsed.out.mkdir(parents=True, exist_ok=True)
     files = [parsed.out / name for name in ("kernel_choice.csv", "kernel_choice-tasks.csv")]
-    choices, tasks = ([*csv.DictReader(file.open())] if file.exists() else [] for file in files)
+    choices, tasks = (read_csv(file) for file in files)
     cells = list(itertools.product(parsed.datasets, parsed.seeds))
     with Progress(console=Console(stderr=True)) as bar:
         for dataset, seed in bar.track(cells, description="seeds"):
@@ -73,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
                 write_csv(file, rows)
     lines = summary_of(choices, tasks)
     write_csv(parsed.out / "kernel_choice-summary.csv", lines)
-    Console().print(shown(lines))
+    for dataset in dict.fromkeys(line["dataset"] for line in lines):
+        Console().print(shown(dataset, [line for line in lines if line["dataset"] == dataset]))
 
 
 def one_seed(
@@ -178,13 +178,16 @@ def summary_of(choices: list[Row], tasks: list[Row]) -> list[Row]:
     return lines
 
 
-def shown(lines: list[Row]) -> Table:
-    """The summary."""
-    table = Table(title="drifting rotation, 50 labels a task: means over seeds")
-    for column in lines[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("dataset", "choice") else "right")
+def shown(dataset: str, lines: list[Row]) -> Table:
+    """The summary of a data set, a column a choice."""
+    table = Table(title=f"{dataset}, drifting rotation, 50 labels a task: means over {lines[0]['seeds']} seeds")
+    table.add_column("")
     for line in lines:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line.values()))
+        table.add_column(line["choice"], justify="right")
+    for name in lines[0]:
+        if name not in ("dataset", "choice", "seeds"):
+            values = (line[name] for line in lines)
+            table.add_row(name.replace("_", " "), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
     return table
 
 
