@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from csv_files import read_csv, write_csv
+from drifting_curve import NOISE, visits_of
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,7 +29,7 @@ from ssm_nn.models.programs import regression
 
 OUT = Path(__file__).parent / "results"
 LEVELS = (0.5, 0.8, 0.95)
-NOISE, STEP, READINGS, NEW, HIDDEN = 0.15, 0.25, 12, 200, 16
+READINGS, NEW, HIDDEN = 12, 200, 16
 GROUPS = {"hidden": "layers.0.*", "output": "layers.1.*"}
 
 
@@ -53,16 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def one_seed(seed: int, num_visits: int) -> list[dict[str, Any]]:
     """A line a view and level."""
-    random = np.random.default_rng(seed)
-    height = 1.0 + np.cumsum(random.normal(0, STEP, num_visits))
-
-    def readings(t: int, count: int) -> dict[str, np.ndarray]:
-        x = random.uniform(-2, 2, count).astype("float32")
-        y = height[t] * np.sin(1.5 * x) + 0.3 * x + NOISE * random.normal(size=count)
-        return {"x": x[:, None], "y": y.astype("float32")}
-
-    visits = [readings(t, READINGS) for t in range(num_visits)]
-    new = [readings(t, NEW) for t in range(num_visits)]
+    visits, new = visits_of(seed, num_visits, READINGS, NEW)
     program = regression(mlp((1, HIDDEN, 1), "tanh", seed=seed), NOISE, 1.0, GROUPS)
     engine = LaplaceFilter(program, Dense(), hypers={"noise.hidden": 0.0, "noise.output": 0.05})
     engine = engine.with_hypers(maximise_evidence(engine, visits, ["noise.output"], key=seed).hypers)

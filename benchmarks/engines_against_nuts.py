@@ -23,6 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from csv_files import read_csv, write_csv
+from drifting_curve import NOISE, visits_of
 from numpyro.diagnostics import gelman_rubin
 from numpyro.infer import MCMC, NUTS
 from rich.console import Console
@@ -45,7 +46,7 @@ from ssm_nn.models.networks import mlp
 from ssm_nn.networks import as_network
 
 OUT = Path(__file__).parent / "results" / "diagnosis"
-VISITS, READINGS, NEW, NOISE, STEP, WALK, LEVEL = 6, 20, 200, 0.15, 0.25, 0.25, 0.9
+VISITS, READINGS, NEW, WALK, LEVEL = 6, 20, 200, 0.25, 0.9
 ENGINES: Mapping[str, Any] = {
     "dense": Dense(),
     "low rank 20": LowRank(20),
@@ -91,24 +92,11 @@ def program_of(network: Any) -> Callable[[Any], None]:
     return program
 
 
-def visits_of(seed: int) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """What is learnt, and new readings."""
-    random = np.random.default_rng(seed)
-    height = 1.0 + np.cumsum(random.normal(0, STEP, VISITS))
-
-    def readings(t: int, count: int) -> dict[str, np.ndarray]:
-        x = random.uniform(-2, 2, count).astype("float32")
-        y = height[t] * np.sin(1.5 * x) + 0.3 * x + NOISE * random.normal(size=count)
-        return {"x": x[:, None], "y": y.astype("float32")}
-
-    return [readings(t, READINGS) for t in range(VISITS)], [readings(t, NEW) for t in range(VISITS)]
-
-
 def one_seed(seed: int, num_draws: int) -> list[dict[str, Any]]:
     """NUTS, and a row an engine."""
     network = mlp((1, 6, 1), "tanh", seed=seed)
     program = program_of(network)
-    visits, new = visits_of(seed)
+    visits, new = visits_of(seed, VISITS, READINGS, NEW)
     began = time.perf_counter()
     mcmc = MCMC(
         NUTS(program, target_accept_prob=0.9),
