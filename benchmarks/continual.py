@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = parsed.out or (OUT / "quick" if parsed.quick else OUT)
     names = parsed.scenarios or list(QUICK_SCENARIOS if parsed.quick else SCENARIOS)
     seeds = parsed.seeds or ([0] if parsed.quick else [0, 1, 2])
-    run([SCENARIOS[name] for name in names], budget, seeds, parsed.methods, out, Console())
+    console = Console(width=None if sys.stdout.isatty() else 160)  # the tables are wide, and a file has no width
+    run([SCENARIOS[name] for name in names], budget, seeds, parsed.methods, out, console)
 
 
 def run(
