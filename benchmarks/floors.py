@@ -4,11 +4,11 @@
 
 A step on a diagonal-plus-low-rank belief of P weights and R columns in float32. Its floor is the larger of
 
-    bytes that must move / bandwidth     of an array scaled or summed, whichever is faster
-    operations / rate                    of a product of large square matrices; a symmetric product counts as any other
+    bytes read / rate + bytes written / rate    of an array summed, and of one filled: written memory is new, as every result's
+    operations / rate                           of a product of large square matrices; a symmetric one counts as any other
 
 A factor that is needed before the first row of the result can be made, and again for that row, is read twice: it is larger than
-the cache. Both rates are measured in the same rounds as the steps, and a ratio is within a round.
+the cache. The rates are measured in the same rounds as the steps, and a ratio is within a round.
 """
 
 from __future__ import annotations
@@ -40,11 +40,24 @@ SQUARE = 2048  # rows of the matrices whose product gives the rate
 
 
 class Step(NamedTuple):
-    """A compiled step with its arguments, the bytes that it must move, and its operations."""
+    """A compiled step with its arguments, the bytes that it must read and write, and its operations."""
 
     run: Callable[[], Any]
-    bytes: float
+    read: float
+    written: float
     operations: float
+
+
+class Rates(NamedTuple):
+    """A second's worth of each."""
+
+    read: float
+    written: float
+    operations: float
+
+    def floor(self, step: Step) -> tuple[float, float]:
+        """Seconds of a step by its bytes, and by its operations."""
+        return step.read / self.read + step.written / self.written, step.operations / self.operations
 
 
 def steps(weights: int, rank: int) -> dict[str, Step]:
@@ -60,19 +73,27 @@ def steps(weights: int, rank: int) -> dict[str, Step]:
     factor, vector = NUMBER * weights * rank, NUMBER * weights
     product = 2 * weights * rank**2  # (R, P) by (P, R), or (P, R) by (R, R)
 
-    def step(function: Callable[..., Any], *arguments: Any, moved: float, operations: float) -> Step:
+    def step(function: Callable[..., Any], *arguments: Any, read: float, written: float, operations: float) -> Step:
         compiled = jax.jit(function)
-        return Step(lambda: compiled(*arguments), moved, operations)
+        return Step(lambda: compiled(*arguments), read, written, operations)
 
     return {
         # U^T diag U, then U M^-T/2; mean, diagonal and three moments are read, mean and diagonal written
-        "predict": step(predict_belief, belief, moments, moved=3 * factor + 7 * vector, operations=2 * product),
+        "predict": step(
+            predict_belief,
+            belief,
+            moments,
+            read=2 * factor + 5 * vector,
+            written=factor + 2 * vector,
+            operations=2 * product,
+        ),
         # 2 R columns: a triangle or a Gram matrix of them, then their turned first R; metric read, dropped diagonal written
         "compress": step(
             lambda wide, metric: compress(wide, metric, rank),
             wide,
             metric,
-            moved=(2 * 2 + 1) * factor + 2 * vector,
+            read=4 * factor + vector,
+            written=factor + vector,
             operations=(4 + 2) * product,
         ),
         # U^T D^-1 U, then U (..)
@@ -80,25 +101,32 @@ def steps(weights: int, rank: int) -> dict[str, Step]:
             lambda precision, x: precision.solve(x),
             belief.precision,
             after,
-            moved=2 * factor + 3 * vector,
+            read=2 * factor + 2 * vector,
+            written=vector,
             operations=product,
         ),
         # U^T diag U, then U (..); two means, diagonal and three moments are read, a mean written
         "smoothing mean": step(
-            smoothing._mean_before, belief, moments, after, moved=2 * factor + 7 * vector, operations=product
+            smoothing._mean_before,
+            belief,
+            moments,
+            after,
+            read=2 * factor + 6 * vector,
+            written=vector,
+            operations=product,
         ),
     }
 
 
 def gauges(weights: int) -> tuple[Step, ...]:
-    """What the rates are measured by: an array scaled, an array summed, a product."""
-    long = jnp.ones(max(16 * weights, 2**24))
-    square = jnp.ones((SQUARE, SQUARE))
-    scaled, summed, product = jax.jit(lambda x: 0.5 * x), jax.jit(jnp.sum), jax.jit(lambda a: a @ a)
+    """What the rates are measured by: an array summed, an array filled, a product."""
+    long, square = jnp.ones(max(16 * weights, 2**24)), jnp.ones((SQUARE, SQUARE))
+    summed, product = jax.jit(jnp.sum), jax.jit(lambda a: a @ a)
+    filled = jax.jit(lambda value: jnp.full(long.shape, value))
     return (
-        Step(lambda: scaled(long), 2 * long.nbytes, 0),
-        Step(lambda: summed(long), long.nbytes, 0),
-        Step(lambda: product(square), 0, 2 * SQUARE**3),
+        Step(lambda: summed(long), long.nbytes, 0, 0),
+        Step(lambda: filled(jnp.float32(1.0)), 0, long.nbytes, 0),
+        Step(lambda: product(square), 0, 0, 2 * SQUARE**3),
     )
 
 
@@ -109,41 +137,44 @@ def timed(step: Step) -> float:
     return time.perf_counter() - began
 
 
+def rates_of(by: tuple[Step, ...]) -> Rates:
+    """The best of three: a floor is what the machine can do."""
+    read, written, product = (min(timed(step) for _ in range(3)) for step in by)
+    return Rates(by[0].read / read, by[1].written / written, by[2].operations / product)
+
+
 def measured(weights: int, rank: int, repeats: int) -> list[dict[str, Any]]:
     """A row a step; rates and steps alternate."""
-    found, of_rates = steps(weights, rank), gauges(weights)
-    for step in (*found.values(), *of_rates):
+    found, by = steps(weights, rank), gauges(weights)
+    for step in (*found.values(), *by):
         timed(step)  # compiles
+    rates: list[Rates] = []
     seconds: dict[str, list[float]] = {name: [] for name in found}
-    floors: dict[str, list[float]] = {name: [] for name in found}
-    bandwidths, products = [], []
     for _ in track(range(repeats), "rounds"):
-        # the faster of each kind: a floor is what the machine can do
-        rounds = [[timed(step) for step in of_rates] for _ in range(3)]
-        scaled, summed, product = (min(times) for times in zip(*rounds, strict=True))
-        bandwidths.append(max(of_rates[0].bytes / scaled, of_rates[1].bytes / summed))
-        products.append(of_rates[2].operations / product)
+        rates.append(rates_of(by))
         for name, step in found.items():
             seconds[name].append(timed(step))
-            floors[name].append(max(step.bytes / bandwidths[-1], step.operations / products[-1]))
+    usual = Rates(*(statistics.median(rate) for rate in zip(*rates, strict=True)))
     rows = []
     for name, step in found.items():
-        ratios = [s / f for s, f in zip(seconds[name], floors[name], strict=True)]
-        by_bytes = step.bytes / statistics.median(bandwidths) >= step.operations / statistics.median(products)
+        ratios = [s / max(rate.floor(step)) for s, rate in zip(seconds[name], rates, strict=True)]
+        by_bytes, by_operations = usual.floor(step)
         rows.append(
             {
                 "step": name,
                 "seconds": statistics.median(seconds[name]),
-                "floor": statistics.median(floors[name]),
-                "bound_by": "bytes" if by_bytes else "operations",
+                "floor_by_bytes": by_bytes,
+                "floor_by_operations": by_operations,
                 "ratio": statistics.median(ratios),
                 "ratio_min": min(ratios),
                 "ratio_max": max(ratios),
                 "aim": AIM,
-                "gigabytes": step.bytes / 1e9,
+                "gigabytes_read": step.read / 1e9,
+                "gigabytes_written": step.written / 1e9,
                 "gigaoperations": step.operations / 1e9,
-                "bandwidth_gigabytes": statistics.median(bandwidths) / 1e9,
-                "product_gigaoperations": statistics.median(products) / 1e9,
+                "gigabytes_read_a_second": usual.read / 1e9,
+                "gigabytes_written_a_second": usual.written / 1e9,
+                "gigaoperations_a_second": usual.operations / 1e9,
                 "weights": weights,
                 "rank": rank,
                 "conditions": conditions(repeats),
@@ -165,17 +196,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
     first = rows[0]
     table = Table(
-        title=f"P = {first['weights']:,}, R = {first['rank']}: {first['bandwidth_gigabytes']:.1f} GB/s, "
-        f"{first['product_gigaoperations']:.0f} Gflop/s"
+        title=f"P = {first['weights']:,}, R = {first['rank']}; a second: {first['gigabytes_read_a_second']:.1f} GB read, "
+        f"{first['gigabytes_written_a_second']:.1f} GB written, {first['gigaoperations_a_second']:.0f} Gflop"
     )
-    for heading in ("step", "seconds", "floor", "bound by", "ratio", "aim"):
-        table.add_column(heading, justify="left" if heading in ("step", "bound by") else "right")
+    for heading in ("step", "ms", "floor by bytes", "by operations", "ratio", "aim"):
+        table.add_column(heading, justify="left" if heading == "step" else "right")
     for row in rows:
+        milliseconds = [f"{1e3 * row[name]:.1f}" for name in ("seconds", "floor_by_bytes", "floor_by_operations")]
         ratio = f"{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
-        met = "met" if row["ratio"] <= AIM else "missed"
-        table.add_row(
-            row["step"], f"{row['seconds']:.4f}", f"{row['floor']:.4f}", row["bound_by"], ratio, f"{AIM:g}: {met}"
-        )
+        table.add_row(row["step"], *milliseconds, ratio, f"{AIM:g}: {'met' if row['ratio'] <= AIM else 'missed'}")
     Console().print(table)
 
 

@@ -1,6 +1,6 @@
-"""The tables of how_to/cost.md: `uv run python docs/cost_table.py` prints them, a test compares them with the page.
+"""The tables of how_to/cost.md: `uv run python docs/cost_table.py` writes them, a test compares them with the page.
 
-Sizes follow from the networks alone; times from the rates below, which `ssm_nn.command_costs.measure_rates` gave.
+Sizes follow from the networks alone, times from the rates below: round numbers, which `ssm-nn plan` measures.
 """
 
 from __future__ import annotations

@@ -107,9 +107,21 @@ PAGES = {
     ),
     "cost": Page(
         "What a filter step costs",
-        "Plain training and a filter step of the same epochs, alternated in one process; ratios are within pairs.",
-        ("uv run python benchmarks/filter_cost.py",),
-        (Section("filter_cost.csv", "Cost"),),
+        "Plain training and a filter step of the same epochs, alternated in one process; ratios are within pairs. Each piece "
+        "of a step against its floor: the bytes that it must move and the operations that it must do, at rates measured "
+        "beside it. Memory and time where weights or tasks are many, the history on disk.",
+        (
+            "uv run python benchmarks/filter_cost.py",
+            "uv run python benchmarks/floors.py",
+            "uv run python benchmarks/large.py",
+            "uv run python benchmarks/large.py --stream",
+        ),
+        (
+            Section("filter_cost.csv", "Cost"),
+            Section("floors.csv", "Each piece against its floor"),
+            Section("large.csv", "Many weights"),
+            Section("stream.csv", "Many tasks"),
+        ),
     ),
 }
 

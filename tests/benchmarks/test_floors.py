@@ -22,8 +22,10 @@ def test_every_step_has_a_floor_and_a_ratio(tmp_path):
     rows = rows_of(tmp_path / "floors.csv")
     assert [row["step"] for row in rows] == ["predict", "compress", "solve", "smoothing mean"]
     for row in rows:
-        by_bytes = float(row["gigabytes"]) / float(row["bandwidth_gigabytes"])
-        by_operations = float(row["gigaoperations"]) / float(row["product_gigaoperations"])
-        # medians of a quotient and quotients of medians
-        assert float(row["floor"]) == pytest.approx(max(by_bytes, by_operations), rel=0.5)
-        assert float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"])
+        number = {name: float(value) for name, value in row.items() if name not in ("step", "conditions")}
+        by_bytes = sum(number[f"gigabytes_{how}"] / number[f"gigabytes_{how}_a_second"] for how in ("read", "written"))
+        assert number["floor_by_bytes"] == pytest.approx(by_bytes)
+        assert number["floor_by_operations"] == pytest.approx(
+            number["gigaoperations"] / number["gigaoperations_a_second"]
+        )
+        assert 0 < number["ratio_min"] <= number["ratio"] <= number["ratio_max"]
