@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Mapping
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ssm_nn.inference.checks import check_count
 
 __all__ = ["prefetched"]
 
 
-class _Read[Item](NamedTuple):
+class _Read(NamedTuple):
     """An item, or how the iterator ended: by the error, or well."""
 
-    item: Item | None = None
+    item: Any = None
     ended: bool = False
     error: BaseException | None = None
 
@@ -47,14 +47,14 @@ def prefetched[Item](items: Iterable[Item], depth: int = 1) -> Generator[Item, N
 
 
 def _handed_out[Item](items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    read: SimpleQueue[_Read[Item]] = SimpleQueue()
+    read: SimpleQueue[_Read] = SimpleQueue()
     room, abandoned = threading.Semaphore(depth), threading.Event()
     arguments = (items, read, room, abandoned)
     threading.Thread(target=_read_ahead, args=arguments, name="prefetch", daemon=True).start()
     try:
         while not (found := read.get()).ended:
             room.release()
-            yield found.item  # pyright: ignore[reportReturnType] - None is an item too: a task without data
+            yield found.item
         if found.error is not None:
             raise found.error
     finally:
@@ -62,8 +62,8 @@ def _handed_out[Item](items: Iterable[Item], depth: int) -> Generator[Item, None
         room.release()
 
 
-def _read_ahead[Item](
-    items: Iterable[Item], read: SimpleQueue[_Read[Item]], room: threading.Semaphore, abandoned: threading.Event
+def _read_ahead(
+    items: Iterable[Any], read: SimpleQueue[_Read], room: threading.Semaphore, abandoned: threading.Event
 ) -> None:
     try:
         iterator = iter(items)
@@ -76,7 +76,7 @@ def _read_ahead[Item](
                 read.put(_Read(item))
                 del item  # not held while the next is read
         finally:
-            if hasattr(iterator, "close"):
+            if isinstance(iterator, Generator):
                 iterator.close()
         read.put(_Read(ended=True))
     except BaseException as error:  # of any kind: the thread that asked for the items is the one to hear of it
