@@ -93,6 +93,7 @@ def wide_tasks():
     return tasks
 
 
+@pytest.mark.slow
 def test_a_rank_too_low_is_red_and_a_full_one_is_not():
     tasks = wide_tasks()
     low = diagnosis(LowRank(2), program=wide, tasks=tasks)
