@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from csv_files import read_csv, write_csv
+from csv_files import as_text, read_csv, write_csv
 from drifting_curve import NOISE, visits_of
 from rich.console import Console
 from rich.progress import track
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read_csv(file)
     for seed in track(range(parsed.seeds), "seeds", console=Console(stderr=True)):
         if not any(row["seed"] == str(seed) for row in rows):
-            rows += [{name: str(value) for name, value in row.items()} for row in one_seed(seed, parsed.visits)]
+            rows += as_text(one_seed(seed, parsed.visits))
             write_csv(file, rows)
     lines = summary_of(rows)
     write_csv(parsed.out / "coverage-summary.csv", lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssm_nn.inference.checkpoints import replacing
 
-__all__ = ["read_csv", "write_csv"]
+__all__ = ["as_text", "read_csv", "write_csv"]
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -38,6 +38,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def as_text(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """New rows in the form in which ``read_csv`` gives the old ones."""
+    return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
 def _is_nan(value: Any) -> bool:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from csv_files import read_csv, write_csv
+from csv_files import as_text, read_csv, write_csv
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 from rich.console import Console
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
             settings["draws"] = parsed.draws
             if any(all(row[name] == str(value) for name, value in settings.items()) for row in rows):
                 continue
-            rows.append({name: str(value) for name, value in measured(method, num_weights, parsed).items()})
+            rows += as_text([measured(method, num_weights, parsed)])
             write_csv(file, rows)
     Console().print(shown(rows))
 

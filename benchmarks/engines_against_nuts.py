@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from csv_files import read_csv, write_csv
+from csv_files import as_text, read_csv, write_csv
 from drifting_curve import NOISE, visits_of
 from numpyro.diagnostics import gelman_rubin
 from numpyro.infer import MCMC, NUTS
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = read_csv(file)
     for seed in track(parsed.seeds, "seeds", console=Console(stderr=True)):
         if not any(row["seed"] == str(seed) for row in rows):
-            rows += [{name: str(value) for name, value in row.items()} for row in one_seed(seed, parsed.draws)]
+            rows += as_text(one_seed(seed, parsed.draws))
             write_csv(file, rows)
     lines = summary_of(rows)
     write_csv(parsed.out / "engines-summary.csv", lines)
@@ -114,7 +113,7 @@ def one_seed(seed: int, num_draws: int) -> list[dict[str, Any]]:
     row["covered"] = covered(functions.mean(0), functions.var(0) + NOISE**2, new)
     by_chain = functions.reshape(2, -1, *functions.shape[1:])
     row["r_hat"] = float(np.max(gelman_rubin(by_chain)))
-    rows, judge = [row], None
+    rows = [row]
     for name, structure in ENGINES.items():
         began = time.perf_counter()
         with warnings.catch_warnings():
@@ -125,9 +124,8 @@ def one_seed(seed: int, num_draws: int) -> list[dict[str, Any]]:
                 engine = LaplaceFilter(program, structure)
                 posterior = engine.smooth(engine.run(seed, visits))
         seconds = time.perf_counter() - began
-        if judge is None:
-            judge = loo_by_task(log_likelihood_tree(posterior, samples, visits)).elpd
-            row["elpd"] = judge
+        if "elpd" not in row:
+            row["elpd"] = loo_by_task(log_likelihood_tree(posterior, samples, visits)).elpd
         found = [predict(posterior, t, {"x": visit["x"]}, key=seed)["y"] for t, visit in enumerate(new)]
         weights = importance_weights(posterior, visits, key=seed)
         rows.append(
@@ -153,11 +151,12 @@ def by_mean_field(program: Any, visits: list[Any], seed: int) -> Any:
 def outputs_of(network: Any, samples: Mapping[str, np.ndarray], new: list[Any]) -> np.ndarray:
     """(S, T, N): NUTS' functions at the new inputs; a still weight has one place for all tasks."""
     bind = as_network(network).bind
+    outputs = jax.jit(jax.vmap(lambda arrays, x: bind(arrays)(x)[:, 0], in_axes=(0, None)))
     by_task = []
     for t, visit in enumerate(new):
         here = {name.removeprefix("net."): value[:, min(t, value.shape[1] - 1)] for name, value in samples.items()}
-        by_task.append(jax.jit(jax.vmap(lambda arrays, x=visit["x"]: bind(arrays)(jnp.asarray(x))[:, 0]))(here))
-    return np.stack([np.asarray(found) for found in by_task], axis=1)
+        by_task.append(np.asarray(outputs(here, visit["x"])))
+    return np.stack(by_task, axis=1)
 
 
 def covered(mean: np.ndarray, variance: np.ndarray, new: list[Any]) -> float:

@@ -11,8 +11,6 @@ likelihood and evidence, curvature, compression, checks.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 import optax
+from conditions import machine
 from csv_files import write_csv
 
 import ssm_nn
@@ -210,11 +209,9 @@ def spread(values) -> tuple[float, float, float]:
 
 def report(rows, arguments, examples, epochs, size) -> None:
     """Print the table and write it as CSV with the conditions."""
-    device = jax.devices()[0]
     conditions = (
         f"{examples} examples, {epochs} epochs, batch {arguments.batch_size}, P = {size}, rank {RANK}, "
-        f"{arguments.repeats} pairs; {device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}, "
-        f"jax {jax.__version__}"
+        f"{arguments.repeats} pairs; {machine()}"
     )
     print(conditions)
     for name, median, low, high in rows:

@@ -14,8 +14,6 @@ the cache. The rates are measured in the same rounds as the steps, and a ratio i
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from conditions import machine
 from csv_files import write_csv
 from rich.console import Console
 from rich.progress import track
@@ -177,19 +176,10 @@ def measured(weights: int, rank: int, repeats: int) -> list[dict[str, Any]]:
                 "gigaoperations_a_second": usual.operations / 1e9,
                 "weights": weights,
                 "rank": rank,
-                "conditions": conditions(repeats),
+                "conditions": f"{repeats} rounds; {machine()}",
             }
         )
     return rows
-
-
-def conditions(repeats: int) -> str:
-    """Where and how."""
-    device = jax.devices()[0]
-    return (
-        f"{repeats} rounds; {device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}, "
-        f"jax {jax.__version__}"
-    )
 
 
 def show(rows: list[dict[str, Any]]) -> None:

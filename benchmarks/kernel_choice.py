@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from csv_files import read_csv, write_csv
+from csv_files import as_text, read_csv, write_csv
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
                 continue
             stream = rotated(load(dataset), parsed.tasks, step=STEP, train_size=LABELS, seed=seed)
             here, judged = one_seed(dataset, seed, stream, parsed.noises, bar)
-            choices += [{name: str(value) for name, value in row.items()} for row in here]
-            tasks += [{name: str(value) for name, value in row.items()} for row in judged]
+            choices += as_text(here)
+            tasks += as_text(judged)
             for file, rows in zip(files, (choices, tasks), strict=True):
                 write_csv(file, rows)
     lines = summary_of(choices, tasks)

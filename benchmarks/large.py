@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import platform
 import resource
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from conditions import machine
 from csv_files import write_csv
 from rich.progress import Progress
 
@@ -115,7 +114,7 @@ def large(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             "peak_gib": peak(),
             "disk_gib": on_disk(folder),
             "finite": finite(posterior),
-            "conditions": conditions(),
+            "conditions": machine(),
         }
     ]
 
@@ -128,7 +127,7 @@ def stream(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def note(done: int, what: str, seconds: float) -> None:
-        shared = {"rank": given.rank, "examples": given.examples, "conditions": conditions()}
+        shared = {"rank": given.rank, "examples": given.examples, "conditions": machine()}
         memory = {"resident_gib": resident(), "peak_gib": peak(), "disk_gib": on_disk(folder)}
         rows.append({"tasks": done, "after": what, "seconds_a_task": seconds} | memory | shared)
 
@@ -198,14 +197,6 @@ def resident() -> float:
 def on_disk(folder: Path) -> float:
     """GiB of the history."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
-
-
-def conditions() -> str:
-    """Where it was measured."""
-    device = jax.devices()[0]
-    return (
-        f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}"
-    )
 
 
 if __name__ == "__main__":
