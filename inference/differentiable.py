@@ -24,7 +24,7 @@ from ssm_nn.inference.beliefs import Belief, predict_belief
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import MapProblem
 from ssm_nn.inference.structures import Cut, LowRank, Structure
-from ssm_nn.precision_low_rank import DiagonalPlusLowRank
+from ssm_nn.precision_low_rank import DiagonalPlusLowRank, singular_directions
 from ssm_nn.tasks import Task
 
 __all__ = ["DifferentiableLowRank", "TaskEvidence", "differentiable"]
@@ -152,25 +152,18 @@ class DifferentiableLowRank(LowRank):
             return super()._cut(wide, metric)
         scale = jnp.sqrt(metric)
         white = wide.factor / scale[:, None]
-        singular, basis = _right_singular(jax.lax.stop_gradient(white))
-        turned = white @ basis
+        turned = white @ singular_directions(*jax.lax.stop_gradient((wide.factor, metric)), self.rank)
         kept, dropped = turned[:, : self.rank], turned[:, self.rank :]
-        gap = jnp.square(singular[: self.rank]) - jnp.square(singular[self.rank :])[:, None]
-        open_ = gap > jnp.sqrt(jnp.finfo(white.dtype).eps) * jnp.square(singular[0])
+        squares = jax.lax.stop_gradient(jnp.sum(jnp.square(turned), axis=0))
+        gap = squares[: self.rank] - squares[self.rank :, None]
+        open_ = gap > jnp.sqrt(jnp.finfo(white.dtype).eps) * jnp.max(squares)
         mixed = jnp.where(open_, dropped.T @ kept / jnp.where(open_, gap, 1.0), 0.0)
         mixed = mixed - jax.lax.stop_gradient(mixed)
         factor = scale[:, None] * (kept + dropped @ mixed)
         rest = scale[:, None] * (dropped - kept @ mixed.T)
         diagonal = wide.diagonal + (jnp.sum(jnp.square(rest), axis=1) if self.keep_diagonal else 0.0)
-        total = jnp.maximum(jnp.sum(jnp.square(singular)), jnp.finfo(white.dtype).tiny)
-        return Cut(DiagonalPlusLowRank(diagonal, factor), jnp.sum(jnp.square(singular[self.rank :])) / total)
-
-
-def _right_singular(white: Array) -> tuple[Array, Array]:
-    """All K singular values of white (P, K), zeros where K > P, and right singular vectors (K, K)."""
-    _, triangle = jnp.linalg.qr(white)
-    _, singular, right = jnp.linalg.svd(triangle, full_matrices=True)
-    return jnp.pad(singular, (0, white.shape[1] - singular.shape[0])), right.T
+        total = jnp.maximum(jnp.sum(squares), jnp.finfo(white.dtype).tiny)
+        return Cut(DiagonalPlusLowRank(diagonal, factor), jnp.sum(squares[self.rank :]) / total)
 
 
 def differentiable(structure: Structure) -> Structure:

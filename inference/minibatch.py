@@ -78,7 +78,7 @@ class Minibatch:
 
     def _coordinates(self, layout: Layout, problem: MapProblem) -> SearchCoordinates:
         share = 1 / jnp.maximum(jnp.sum(problem.task.mask), 1).astype(problem.mean.dtype)
-        return (Round if self.prior_every == 1 else ByLeaf)(layout, problem.precision, share)
+        return (Round if self.prior_every == 1 else ByLeaf)(layout, problem.mean, problem.precision, share)
 
     def _begin(self, program: Any, problem: MapProblem, start: Array) -> tuple[Any, Any]:
         """The first position, and the optimiser's state."""
@@ -98,7 +98,6 @@ class Minibatch:
         total = problem.task.num_examples
         order = index_batches(jax.random.permutation(key, total), self.batch_size, total)
         counted = jnp.sum(problem.task.mask)
-        mean = space.layout.arrays(problem.mean)
 
         def block(carry, indices):
             half_square, prior_gradient = coordinates.prior(carry[0])
@@ -109,8 +108,7 @@ class Minibatch:
                 scale = problem.power / jnp.maximum(jnp.sum(batch.mask), 1)
 
                 def misfit(position):
-                    arrays = jax.tree.map(jnp.add, mean, coordinates.arrays(position))
-                    return -scale * space.log_likelihood_at(arrays, batch)
+                    return -scale * space.log_likelihood_at(coordinates.weights(position), batch)
 
                 value, gradient = jax.value_and_grad(misfit)(position)
                 gradient = jax.tree.map(jnp.add, gradient, prior_gradient(position))

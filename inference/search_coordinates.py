@@ -1,7 +1,7 @@
 """The coordinates in which mini-batches move the weights, and what the prior is there.
 
     round     z = R d / s,    Lambda' = R^T R,  s^2 its least eigenvalue          prior 1/2 s^2 |z|^2, its gradient elementwise
-    by leaf   d itself, the optimiser's changes multiplied by  sqrt(min_j D_j / D_i),  D the diagonal of Lambda'
+    by leaf   m' + d, the optimiser's changes multiplied by  sqrt(min_j D_j / D_i),  D the diagonal of Lambda'
 
 In both, weights known well move as little as their standard deviation says, and one that is known least moves by the learning
 rate; minima stay where they are. Round coordinates cost two products with R a step; by leaf, the prior's gradient ``Lambda' d``
@@ -34,8 +34,8 @@ class SearchCoordinates(Protocol):
         """Back to d (P,)."""
         ...
 
-    def arrays(self, position: Any) -> Any:
-        """d by leaf."""
+    def weights(self, position: Any) -> Any:
+        """The weights m' + d by leaf."""
         ...
 
     def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
@@ -50,8 +50,8 @@ class SearchCoordinates(Protocol):
 class Round:
     """By the root of the precision; the prior counts ``share``."""
 
-    def __init__(self, layout: Layout, precision: Any, share: Array):
-        self.layout, self.whitening, self.share = layout, precision.whitening(), share
+    def __init__(self, layout: Layout, mean: Array, precision: Any, share: Array):
+        self.layout, self.mean, self.whitening, self.share = layout, mean, precision.whitening(), share
         self.unit = jnp.sqrt(self.whitening.smallest)
 
     def enter(self, shift: Array) -> Array:
@@ -60,8 +60,8 @@ class Round:
     def leave(self, position: Array) -> Array:
         return self.whitening.colour(self.unit * position)
 
-    def arrays(self, position: Array) -> Any:
-        return self.layout.arrays(self.leave(position))
+    def weights(self, position: Array) -> Any:
+        return self.layout.arrays(self.mean + self.leave(position))
 
     def prior(self, origin: Array) -> tuple[Array, Callable[[Array], Array]]:
         square = self.share * jnp.square(self.unit)
@@ -72,29 +72,32 @@ class Round:
 
 
 class ByLeaf:
-    """Without packing the weights in each step; the prior counts ``share``."""
+    """Without packing the weights in each step, nor adding the mean; the prior counts ``share``."""
 
-    def __init__(self, layout: Layout, precision: Any, share: Array):
-        self.layout, self.share = layout, share
+    def __init__(self, layout: Layout, mean: Array, precision: Any, share: Array):
+        self.layout, self.mean, self.share = layout, mean, share
         self.square = precision.quadratic_form()
         diagonal = precision.precision_diagonal()
         self.diagonal = share * diagonal
         self.speed = layout.arrays(jnp.sqrt(jnp.min(diagonal) / diagonal))
 
     def enter(self, shift: Array) -> Any:
-        return self.layout.arrays(shift)
+        return self.layout.arrays(self.mean + shift)
 
     def leave(self, position: Any) -> Array:
-        return self.layout.packed(position)
+        return self.layout.packed(position) - self.mean
 
-    def arrays(self, position: Any) -> Any:
+    def weights(self, position: Any) -> Any:
         return position
 
     def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
         shift = self.leave(origin)
         half_square, pull = jax.value_and_grad(lambda d: 0.5 * self.share * self.square(d))(shift)
         # a line in the position: two arrays are read a step
-        at_zero, slope = self.layout.arrays(pull - self.diagonal * shift), self.layout.arrays(self.diagonal)
+        at_zero, slope = (
+            self.layout.arrays(pull - self.diagonal * (self.mean + shift)),
+            self.layout.arrays(self.diagonal),
+        )
 
         def gradient(position: Any) -> Any:
             return jax.tree.map(lambda a, b, d: a + b * d, at_zero, slope, position)

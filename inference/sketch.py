@@ -122,13 +122,11 @@ class SketchedCurvature:
     @staticmethod
     def _for_range(columns: Array, width: int) -> Array:
         """Two shorter columns for each of the range's own: it needs directions, not sizes."""
-        length = min(columns.shape[2], _RANGE_EXAMPLES)
-        groups = -(-2 * width // columns.shape[1])
-        return (
-            columns.reshape(-1, columns.shape[1], length)[:groups]
-            if columns.shape[2] % length == 0
-            else columns[:groups]
-        )
+        length = _RANGE_EXAMPLES if columns.shape[2] % _RANGE_EXAMPLES == 0 else columns.shape[2]
+        shorter = columns.reshape(-1, length)
+        groups = -(-2 * width // _COLUMNS_TOGETHER)
+        together = min(-(-2 * width // groups), shorter.shape[0] // groups)
+        return shorter[: groups * together].reshape(groups, together, length)
 
     def _pass(
         self, space: StateSpace, theta: Array, task: Task, columns: Array, whiten: Array, directions: Array, key: Array

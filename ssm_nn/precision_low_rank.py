@@ -15,12 +15,17 @@ import jax.numpy as jnp
 
 from ssm_nn.coordinate_map import CoordinateMap
 from ssm_nn.moments import Moments
-from ssm_nn.weight_mesh import tall_skinny_qr
+from ssm_nn.weight_mesh import shards_of_weights, tall_skinny_qr
 from ssm_nn.whitening import Whitening
 
-__all__ = ["Compressed", "DiagonalPlusLowRank", "compress"]
+__all__ = ["Compressed", "DiagonalPlusLowRank", "compress", "singular_directions"]
 
 Array = Any
+
+_BLOCK_ROWS = 4096  # of some tens of columns: half a MiB
+_LEAST_BLOCKS = 8
+# an eigenvalue of a Gram matrix that is larger than this many roundings of the largest has its direction to a thousandth
+_RESOLVED = 1e3
 
 
 class DiagonalPlusLowRank(NamedTuple):
@@ -39,25 +44,26 @@ class DiagonalPlusLowRank(NamedTuple):
         """R."""
         return self.factor.shape[1]
 
-    def _scaled_root(self) -> tuple[Array, Array]:
-        """``U / D`` and the Cholesky factor L of ``I + U^T D^-1 U``."""
-        scaled = self.factor / self.diagonal[:, None]
-        return scaled, _cholesky_of_identity_plus(self.factor.T @ scaled)
+    def _root(self) -> Array:
+        """The Cholesky factor L of ``I + U^T D^-1 U``."""
+        return _cholesky_of_identity_plus(_weighted_gram(self.factor, 1 / self.diagonal))
 
     def matvec(self, x: Array) -> Array:
         """``D x + U (U^T x)``."""
         return self.diagonal * x + self.factor @ _project(self.factor, x)
 
     def solve(self, x: Array) -> Array:
-        """``x / D - (U/D) (L L^T)^-1 (U/D)^T x``."""
-        scaled, root = self._scaled_root()
-        wide = x if x.ndim == 2 else x[:, None]
-        inner = jax.scipy.linalg.cho_solve((root, True), scaled.T @ wide)
-        return (wide / self.diagonal[:, None] - scaled @ inner).reshape(x.shape)
+        """``(x - U (L L^T)^-1 U^T (x / D)) / D``."""
+        root = self._root()
+        if x.ndim == 1:
+            inner = jax.scipy.linalg.cho_solve((root, True), _project(self.factor, x / self.diagonal))
+            return (x - self.factor @ inner) / self.diagonal
+        inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ (x / self.diagonal[:, None]))
+        return (x - self.factor @ inner) / self.diagonal[:, None]
 
     def logdet(self) -> Array:
         """``sum log D + 2 sum log diag L``."""
-        _, root = self._scaled_root()
+        root = self._root()
         return jnp.sum(jnp.log(self.diagonal)) + 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
 
     def precision_diagonal(self) -> Array:
@@ -65,9 +71,9 @@ class DiagonalPlusLowRank(NamedTuple):
         return self.diagonal + jnp.sum(jnp.square(self.factor), axis=1)
 
     def variance(self) -> Array:
-        """``1/D - rowsum(((U/D) L^-T)^2)``."""
-        scaled, root = self._scaled_root()
-        return 1 / self.diagonal - jnp.sum(jnp.square(_times_inverse_transposed(scaled, root)), axis=1)
+        """``(1 - rowsum((U L^-T)^2) / D) / D``."""
+        squares = jnp.sum(jnp.square(_times_inverse_transposed(self.factor, self._root())), axis=1)
+        return (1 - squares / self.diagonal) / self.diagonal
 
     def quadratic(self, x: Array) -> Array:
         """``sum D x^2 + |U^T x|^2``."""
@@ -131,13 +137,14 @@ class DiagonalPlusLowRank(NamedTuple):
         """Exact, rank kept: ``E = 1/(a^2 + q D)``, ``M = I + U^T diag(q E) U``, ``D' = D E``, ``U' = diag(a E) U M^-T/2``."""
         gain, _, noise = moments[:3]
         shrink, root = self._step_root(gain, noise)
-        moved = (gain * shrink)[:, None] * self.factor
-        return DiagonalPlusLowRank(self.diagonal * shrink, _times_inverse_transposed(moved, root))
+        # scaled after the product, in the product's own memory
+        moved = (gain * shrink)[:, None] * _times_inverse_transposed(self.factor, root)
+        return DiagonalPlusLowRank(self.diagonal * shrink, moved)
 
     def _step_root(self, gain: Array, noise: Array) -> tuple[Array, Array]:
         """E and the Cholesky factor of ``M = I + U^T diag(q E) U``."""
         shrink = 1 / (jnp.square(gain) + noise * self.diagonal)
-        return shrink, _cholesky_of_identity_plus(self.factor.T @ ((noise * shrink)[:, None] * self.factor))
+        return shrink, _cholesky_of_identity_plus(_weighted_gram(self.factor, noise * shrink))
 
     def smoother_gain(self, moments: Moments, x: Array) -> Array:
         """``(I - diag(q E) U M^-1 U^T) diag(a E) x``; exactly x for noise 0 and gain 1."""
@@ -174,9 +181,8 @@ class DiagonalPlusLowRank(NamedTuple):
         """``E = 1/(1 + q b)``, ``M = I + W^T diag(q E) W``, ``b <- a^2 b E``, ``W <- diag(a E) W M^-T/2``."""
         gain, _, noise = moments[:3]
         shrink = 1 / (1 + noise * message.diagonal)
-        root = _cholesky_of_identity_plus(message.factor.T @ ((noise * shrink)[:, None] * message.factor))
-        moved = (gain * shrink)[:, None] * message.factor
-        factor = _times_inverse_transposed(moved, root)
+        root = _cholesky_of_identity_plus(_weighted_gram(message.factor, noise * shrink))
+        factor = (gain * shrink)[:, None] * _times_inverse_transposed(message.factor, root)
         return DiagonalPlusLowRank(jnp.square(gain) * message.diagonal * shrink, factor)
 
 
@@ -197,8 +203,7 @@ class Compressed(NamedTuple):
 def compress(factor: Array, metric: Array, rank: int) -> Compressed:
     """The best ``rank`` columns of ``factor`` (P, K) in the whitened metric: SVD of ``metric^-1/2 factor``.
 
-    By QR and the SVD of the small triangle; an eigen-decomposition of the Gram matrix would lose singular values
-    below 1e-4 of the largest in float32. K <= rank returns the factor padded with zero columns.
+    K <= rank returns the factor padded with zero columns.
     """
     size, columns = factor.shape
     if columns <= rank:
@@ -208,18 +213,47 @@ def compress(factor: Array, metric: Array, rank: int) -> Compressed:
             jnp.zeros(size, factor.dtype),
             jnp.zeros((), factor.dtype),
         )
-    scale = jnp.sqrt(metric)
-    basis, triangle = tall_skinny_qr(factor / scale[:, None])
-    left, singular, _ = jnp.linalg.svd(triangle, full_matrices=False)
-    if singular.shape[0] < rank:  # fewer weights than columns kept
-        left = jnp.pad(left, ((0, 0), (0, rank - singular.shape[0])))
-        singular = jnp.pad(singular, (0, rank - singular.shape[0]))
-    turned = scale[:, None] * (basis @ (left * singular))
-    return Compressed(
-        turned[:, :rank],
-        jnp.sum(jnp.square(turned[:, rank:]), axis=1),
-        jnp.sum(jnp.square(singular[rank:])) / jnp.maximum(jnp.sum(jnp.square(singular)), jnp.finfo(factor.dtype).tiny),
-    )
+    directions = singular_directions(factor, metric, rank)
+    # two products: one, cut in two, would be written whole
+    dropped = jnp.sum(jnp.square(factor @ directions[:, rank:]), axis=1)
+    kept = factor @ directions[:, :rank]
+    dropped_trace, kept_trace = jnp.sum(dropped / metric), jnp.sum(jnp.square(kept) / metric[:, None])
+    share = dropped_trace / jnp.maximum(dropped_trace + kept_trace, jnp.finfo(factor.dtype).tiny)
+    return Compressed(kept, dropped, share)
+
+
+def singular_directions(factor: Array, metric: Array, rank: int) -> Array:
+    """Right singular vectors V (K, K) of ``metric^-1/2 factor``, such that the first ``rank`` belong to the largest values.
+
+    By the Gram matrix where the values kept stand clear of its rounding (1e-2 of the largest in float32), else by the triangle
+    of a QR decomposition, six times slower.
+    """
+    squares, upwards = jnp.linalg.eigh(_weighted_gram(factor, 1 / metric))
+
+    def by_triangle() -> Array:
+        _, triangle = tall_skinny_qr(factor / jnp.sqrt(metric)[:, None])
+        return jnp.linalg.svd(triangle)[2].T
+
+    resolved = squares[-rank] > _RESOLVED * jnp.finfo(factor.dtype).eps * squares[-1] if rank else True
+    return jax.lax.cond(resolved, lambda: upwards[:, ::-1], by_triangle)
+
+
+def _weighted_gram(factor: Array, weight: Array) -> Array:
+    """``factor^T diag(weight) factor``.
+
+    On one device, a large factor by blocks of rows that stay in the cache: its weighted copy would be written and read once.
+    """
+    size = factor.shape[0]
+    blocks = size // _BLOCK_ROWS if shards_of_weights() == 1 else 0
+    if blocks < _LEAST_BLOCKS:
+        return factor.T @ (weight[:, None] * factor)
+
+    def add(i: Array, gram: Array) -> Array:
+        some = jax.lax.dynamic_slice_in_dim(factor, i * _BLOCK_ROWS, _BLOCK_ROWS)
+        return gram + some.T @ (jax.lax.dynamic_slice_in_dim(weight, i * _BLOCK_ROWS, _BLOCK_ROWS)[:, None] * some)
+
+    rest = slice(blocks * _BLOCK_ROWS, size)
+    return jax.lax.fori_loop(0, blocks, add, factor[rest].T @ (weight[rest, None] * factor[rest]))
 
 
 def _cholesky_of_identity_plus(gram: Array) -> Array:

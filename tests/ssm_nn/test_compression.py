@@ -66,7 +66,7 @@ def test_dropping_never_under_estimates_a_covariance(rank):
 
 
 def test_small_singular_values_survive_float32():
-    """A Gram matrix would lose those below 1e-4 of the largest."""
+    """A Gram matrix alone would lose those below 1e-4 of the largest."""
     rng = np.random.default_rng(1)
     left, right = (np.linalg.qr(rng.normal(size=(size, 4)))[0] for size in (P, 6))
     singular = np.array([1e5, 1e2, 1.0, 0.5])
@@ -75,6 +75,22 @@ def test_small_singular_values_survive_float32():
     found = np.linalg.svd(np.asarray(cut.factor, np.float64), compute_uv=False)
     np.testing.assert_allclose(found[:2], singular[:2], rtol=1e-4)
     np.testing.assert_allclose(found[2], singular[2], rtol=0.05)
+
+
+@pytest.mark.parametrize("blocks", [0.5, 8, 9.3])
+def test_the_same_cut_by_blocks_of_rows_and_whole(blocks):
+    """Kept values a thousandth of the largest need the triangle in float32, half of it do with the Gram matrix."""
+    rows = int(blocks * 4096)
+    rng = np.random.default_rng(int(10 * blocks))
+    metric = rng.uniform(0.5, 2, rows)
+    left, right = (np.linalg.qr(rng.normal(size=(size, 6)))[0] for size in (rows, 6))
+    for least in (1e-3, 0.5):
+        singular = np.array([1.0, 1.0, 0.9, least, least / 8, least / 9])
+        factor = np.sqrt(metric)[:, None] * (left * singular @ right.T)
+        cut = compress(jnp.array(factor, jnp.float32), jnp.array(metric, jnp.float32), 4)
+        white = np.asarray(cut.factor, np.float64) / np.sqrt(metric)[:, None]
+        np.testing.assert_allclose(np.linalg.svd(white, compute_uv=False), singular[:4], rtol=2e-3)
+        np.testing.assert_allclose(cut.dropped_share, np.sum(singular[4:] ** 2) / np.sum(singular**2), rtol=0.05)
 
 
 def test_dense_and_diagonal_keep_what_they_can_hold():
