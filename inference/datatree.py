@@ -11,7 +11,8 @@
     log_likelihood        log p(y_n | theta), by draw, task and example
     prior, prior_predictive, observed_data, constant_data
 
-Masked examples are nan. One draw is made and moved to the host at a time: memory on the device does not grow with the draws.
+Masked examples are nan. Draws are made and moved to the host as many at a time as hold some millions of weights and of numbers
+in the data, at least one: memory on the device does not grow with the draws.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ __all__ = ["TreeMaker", "as_dataset", "to_datatree"]
 
 Array = Any
 
+_NUMBERS_TOGETHER = 2**22
 SAMPLED = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior", "prior_predictive")
 
 
@@ -98,6 +100,9 @@ class TreeMaker:
         if self.stack is not None:
             self._draws.append((prior_draw(self.posterior, self.stack, kept), prior_key))
         self._num_samples = num_samples
+        of_one = len(posterior) * self.posterior.layout.size
+        of_one += 0 if self.stack is None else sum(np.size(leaf) for leaf in jax.tree.leaves(self.stack.data))
+        self._together = min(max(_NUMBERS_TOGETHER // max(of_one, 1), 1), num_samples)
         self._leaf_dims = {
             site.name: ([] if site.frozen else ["task"]) + _axes(site.name, len(site.shape)) for site in sites
         }
@@ -106,7 +111,7 @@ class TreeMaker:
         """Place -> data set of the draws from ``start`` to ``stop``; the same whatever the portions."""
         values: dict[str, Any] = {}
         for draw, key in self._draws:
-            values |= collect(draw, jax.random.split(key, self._num_samples)[start:stop])
+            values |= collect(draw, jax.random.split(key, self._num_samples)[start:stop], self._together)
         made = {f"/{group}": self._dataset(group, named, {}) for group, named in values.items()}
         return {place: dataset.assign_coords(draw=np.arange(start, stop)) for place, dataset in made.items()}
 

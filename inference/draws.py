@@ -1,4 +1,4 @@
-"""Draws of whole trajectories and of what is observed under them, moved to the host one draw at a time."""
+"""Draws of whole trajectories and of what is observed under them, moved to the host a few at a time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ def leaves_of_path(layout: Layout, path: Array) -> dict[str, Array]:
     return {site.name: leaves[site.name][-1:] if site.frozen else leaves[site.name] for site in layout.sites}
 
 
-def collect(draw: Callable[[Array], Draw], keys: Array) -> dict[str, dict[str, np.ndarray]]:
-    """``draw`` at every key, stacked on the host: group -> name -> (draws, ...)."""
+def collect(draw: Callable[[Array], Draw], keys: Array, together: int) -> dict[str, dict[str, np.ndarray]]:
+    """``draw`` at every key, ``together`` at a time, stacked on the host: group -> name -> (draws, ...)."""
     groups: dict[str, dict[str, list[np.ndarray]]] = {}
-    for key in keys:
-        for group, values in draw(key).items():
+    for start in range(0, len(keys), together):
+        count = min(together, len(keys) - start)
+        # the last ones filled up: another number would be compiled for, and might round otherwise
+        some = keys[jnp.minimum(jnp.arange(start, start + together), len(keys) - 1)]
+        for group, values in jax.vmap(draw)(some).items():
             for name, value in values.items():
-                groups.setdefault(group, {}).setdefault(name, []).append(np.asarray(value))
-    return {group: {name: np.stack(values) for name, values in named.items()} for group, named in groups.items()}
+                groups.setdefault(group, {}).setdefault(name, []).append(np.asarray(value)[:count])
+    return {group: {name: np.concatenate(values) for name, values in named.items()} for group, named in groups.items()}
 
 
 def posterior_draw(

