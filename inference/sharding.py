@@ -28,7 +28,7 @@ from ssm_nn.program import TaskBody
 from ssm_nn.tasks import Task, Tasks
 from ssm_nn.weight_mesh import DATA, WEIGHTS
 
-__all__ = ["ShardedLayout", "ShardedProgram", "checked_mesh", "everywhere", "on_mesh"]
+__all__ = ["ShardedLayout", "ShardedProgram", "checked_mesh", "everywhere", "gathered", "on_mesh"]
 
 Array = Any
 
@@ -59,6 +59,13 @@ def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
 def everywhere[Tree](program: Program, tree: Tree) -> Tree:
     """The pytree on every device of the program's mesh; as it is where the program has none."""
     return program.everywhere(tree) if isinstance(program, ShardedProgram) else tree
+
+
+def gathered[Tree](program: Program, tree: Tree) -> Tree:
+    """``everywhere`` inside a compiled function."""
+    if not isinstance(program, ShardedProgram):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(program.mesh, PartitionSpec()))
 
 
 @dataclass(frozen=True)

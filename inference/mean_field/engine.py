@@ -36,7 +36,7 @@ from ssm_nn.inference.mean_field.starts import FanIn, Start
 from ssm_nn.inference.mean_field.states import QUANTILES, MeanFieldInfo, MeanFieldState
 from ssm_nn.inference.mean_field.streams import Batches, Block, blocks_of
 from ssm_nn.inference.predictive import Method, Prediction, ThroughNetwork, predict_from
-from ssm_nn.inference.sharding import ShardedProgram, checked_mesh, everywhere
+from ssm_nn.inference.sharding import ShardedProgram, checked_mesh, everywhere, gathered
 from ssm_nn.precision_diagonal import DiagonalPrecision
 from ssm_nn.tasks import Task, as_task
 
@@ -238,6 +238,7 @@ class MeanFieldFilter:
         made, outcome, numbers = learn(*inputs)
         if self.trust < 2 and not bool(numbers["healthy"]):
             made, outcome, numbers = self._learn_guarded(*inputs)
+        sigma = numbers["sigma"]  # by leaf: a mesh fills the vector up
         left_out = np.flatnonzero(np.asarray(numbers["failed"])[: block.count])
         self._warn(int(state.step), block, left_out)
         records = (np.asarray(record)[: block.count] for record in outcome)
@@ -245,7 +246,7 @@ class MeanFieldFilter:
             *records,
             divergence=float(numbers["divergence"]),
             clipped_share=float(numbers["clipped_share"]),
-            sigma_quantiles=np.quantile(np.asarray(made.sigma), QUANTILES),
+            sigma_quantiles=np.quantile(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(sigma)]), QUANTILES),
             left_out=left_out,
         )
 
@@ -317,6 +318,7 @@ class MeanFieldFilter:
         mean, sigma, outcome, said = one(count - 1, carry[0], carry[1])
         records = jax.tree.map(lambda r, o: r.at[count - 1].set(o.astype(r.dtype)), carry[2], outcome)
         said["failed"] = carry[3].at[count - 1].set(said["failed"]) if guarded else carry[3]
+        said["sigma"] = gathered(self.program, sigma)
         said["healthy"] = _healthy(mean, sigma) & jnp.all(jnp.isfinite(records.free_energy))
         made = MeanFieldState(
             state.step + count,
@@ -353,7 +355,7 @@ class MeanFieldFilter:
         clipped = sum(jnp.sum(s.clipped) for leaves in steps.values() for s in leaves.values())
         divergence = sum(_divergence(after[n][p], b) for n, leaves in predicted.items() for p, b in leaves.items())
         said = {
-            "clipped_share": jnp.asarray(clipped) / space.layout.size,
+            "clipped_share": jnp.asarray(clipped) / sum(leaf.size for leaf in jax.tree.leaves(mean)),
             "divergence": jnp.asarray(divergence),
             "failed": jnp.zeros((), bool),
         }

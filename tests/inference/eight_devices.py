@@ -140,7 +140,8 @@ def mean_field(mesh):
     layout = describe(engine.program, as_task(tasks_of(None, 8, 3, 1)[0]))
     named = {"mean": layout.leaves(state.mean), "sigma": layout.leaves(state.sigma)}
     found = {f"{kind} {name}": leaf for kind, leaves in named.items() for name, leaf in leaves.items()}
-    return found | {"free energy": np.asarray(info.free_energy), "divergence": np.asarray(info.divergence)}
+    said = ("free_energy", "divergence", "clipped_share", "sigma_quantiles")
+    return found | {name: np.asarray(getattr(info, name)) for name in said}
 
 
 def largest_collectives():
