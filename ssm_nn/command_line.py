@@ -1,4 +1,4 @@
-"""The command ``ssm-nn``: run, plan, resume, report. Nothing slow is imported before a command needs it."""
+"""The command ``ssm-nn``: run, plan, sweep, resume, report. Nothing slow is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssm_nn.command_options import settings_of
 from ssm_nn.command_plan import plan
 from ssm_nn.command_settings import (
     DEFAULT_NOISE,
     DEFAULT_RANK,
     DEFAULT_STEP,
-    DEFAULT_TASKS,
     WHOLE_TASK_LABELS,
     Activation,
     CommandError,
@@ -27,8 +27,8 @@ from ssm_nn.command_settings import (
     device,
     one_sentence,
     versions,
-    whole_numbers,
 )
+from ssm_nn.command_sweep import sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +52,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progre
 
 
 @main.command()
-def run(
+def run(  # the options are read from the context: they are many
+    context: typer.Context,
     data: Annotated[
         Data,
         typer.Option(help="Images; digits come with scikit-learn, the others are downloaded.", rich_help_panel=STREAM),
@@ -176,37 +177,13 @@ def run(
     Writes tables, the posterior and a report into the run's folder.
     """
     with one_sentence():
-        if step is not None and shift != Shift.ROTATE:
-            raise CommandError(f"--step is for --shift rotate; it has no meaning with --shift {shift.value}.")
-        if rank is not None and engine != Engine.LOW_RANK:
-            raise CommandError(f"--rank is for --engine low-rank; it has no meaning with --engine {engine.value}.")
-        if noise is not None and kernel == KernelChoice.STATIC:
-            raise CommandError("--noise has no meaning with --kernel static; use --kernel auto or walk.")
-        settings = Settings(
-            data=data.value,
-            data_folder=None if data_folder is None else str(data_folder),
-            shift=shift.value,
-            tasks=DEFAULT_TASKS[shift.value] if tasks is None else tasks,
-            step=(DEFAULT_STEP if step is None else step) if shift == Shift.ROTATE else None,
-            labels=_labels(labels),
-            hidden=_widths(hidden),
-            activation=activation.value,
-            engine=engine.value,
-            rank=(DEFAULT_RANK if rank is None else rank) if engine == Engine.LOW_RANK else None,
-            kernel=kernel.value,
-            noise=() if kernel == KernelChoice.STATIC else tuple((noise or DEFAULT_NOISE).split(",")),
-            prior_scale=prior_scale,
-            seeds=seeds,
-            seed=seed,
-            draws=draws,
-            epochs=epochs,
-            batch_size=batch_size,
-        )
+        settings = settings_of(context.params)
         path = Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S") if out is None else out
         _execute(path, settings, quiet)
 
 
 main.command()(plan)
+main.command(context_settings={"allow_extra_args": True})(sweep)
 
 
 @main.command()
@@ -234,18 +211,6 @@ def report(path: Folder) -> None:
         except OSError as error:
             raise CommandError(of_the_file_system(error, path, None)) from None
         typer.echo(f"Report: {folder.report_file}")
-
-
-def _labels(text: str) -> int | None:
-    if text in ("0", "all"):
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10):  # Python reads no number of thousands of digits
-        raise CommandError(f"--labels is {text!r}; a whole number >= 1, or 0 or all for all examples, is accepted.")
-    return int(text)
-
-
-def _widths(text: str) -> tuple[int, ...]:
-    return () if text == "none" else whole_numbers("--hidden", text, ", or none,")
 
 
 def _execute(path: Path, settings: Settings | None, quiet: bool) -> None:

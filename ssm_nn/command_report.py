@@ -143,7 +143,7 @@ def _accuracy(summary: Summary, over: str) -> dict[str, Any]:
             shown(summary.spread(line, view, "accuracy") if view in line.views else None, ".1f", 100)
             for view in (LEARNT, SMOOTHED, LAST)
         ]
-        lost = None if line.label == "joint training" else summary.forgetting(line)
+        lost = summary.forgetting(line)
         rows.append([line.label, *views, shown(lost, ".1f", 100), shown(summary.log_evidence(line), ".1f")])
     caption = (
         f"Held-out examples, mean of {summary.settings.tasks} tasks; mean ± standard deviation over {over}. "

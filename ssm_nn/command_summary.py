@@ -114,8 +114,8 @@ class Summary:
         return None if values is None else Spread.of(values)
 
     def forgetting(self, line: Line) -> Spread | None:
-        """Over seeds."""
-        return None if SMOOTHED in line.views else self.spread(line, MATRIX, "forgetting")
+        """Over seeds; of what learns task by task."""
+        return None if SMOOTHED in line.views or line.method == JOINT else self.spread(line, MATRIX, "forgetting")
 
     def log_evidence(self, line: Line) -> Spread | None:
         """Over seeds; only filters have one."""

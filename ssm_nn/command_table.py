@@ -47,7 +47,7 @@ def _accuracy(summary: Summary, title: str) -> Table:
             for view in (LEARNT, SMOOTHED, LAST)
         ]
         cells += [
-            shown(None if line.label == "joint training" else summary.forgetting(line), ".1f", 100),
+            shown(summary.forgetting(line), ".1f", 100),
             shown(summary.log_evidence(line), ".1f"),
         ]
         table.add_row(line.label, *cells)
