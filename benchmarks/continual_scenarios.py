@@ -90,7 +90,7 @@ class Scenario:
         """The same on fewer tasks and examples."""
         size = _least(self.examples, budget.validation_examples)
         tasks = _least(self.num_tasks, self.validation_tasks or budget.validation_tasks)
-        smaller = replace(budget, num_tasks=tasks, examples=size, test_examples=budget.held_out)
+        smaller = replace(budget, num_tasks=tasks, examples=size, test_examples=None)
         return replace(self, test_examples=None), smaller
 
 

@@ -15,7 +15,8 @@ import diagnosis
 def test_rows_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
     sizes = ["--tasks", "3", "--examples", "5", "--draws", "60", "--warmup", "60", "--out", str(tmp_path)]
     diagnosis.main(["--weights", "4", *sizes])
-    rows = list(csv.DictReader((tmp_path / "marginalize.csv").open()))
+    with (tmp_path / "marginalize.csv").open() as file:
+        rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["marginalized", "full"]
     assert all(float(row["seconds_per_effective"]) > 0 for row in rows)
     monkeypatch.setattr(diagnosis, "measured", lambda *_: pytest.fail("measured again"))

@@ -160,20 +160,14 @@ def test_memory_refuses_what_it_cannot_place():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fresh", ["prior", "freed"])
-def test_memory_recognises_rotations_of_digits(fresh):
-    """0, 90, 0, 90, 180, 0, 180, 90 degrees, 100 other labelled digits each time."""
-    angles = [0, 90, 0, 90, 180, 0, 180, 90]
-    streams = {a: rotated(load("digits"), 12, 0.0, 100).train for a in (0,)}
-    batches = []
-    for t, angle in enumerate(angles):
-        task = streams[0][t]
-        x = np.rot90(task["x"].reshape(-1, 8, 8), angle // 90, axes=(1, 2)).reshape(-1, 64)
-        batches.append(Task({"x": np.ascontiguousarray(x), "y": task["y"]}))
-    model = classification(mlp((64, 24, 10)))
+def test_memory_recognises_digits_that_are_labelled_otherwise():
+    """Three ways of naming the digits, 100 other images each time."""
+    truth = [0, 1, 0, 1, 2, 0, 2, 1]
+    images = rotated(load("digits"), len(truth), 0.0, 100).train
+    batches = [Task({"x": images[t]["x"], "y": (images[t]["y"] + 3 * way) % 10}) for t, way in enumerate(truth)]
+    model = classification(mlp((64, 24, 10)), prior_scale=0.3)
     still = LaplaceFilter(model, LowRank(50), hypers={"noise.all": 0.0}, estimator=Lbfgs())
-    new = None if fresh == "prior" else still.with_hypers({"noise.all": 1.0})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FilterWarning)
-        found = TaskMemory(still, new=new).run(0, batches)
-    assert found.tasks.tolist() == [0, 1, 0, 1, 2, 0, 2, 1]
+        found = TaskMemory(still, new=still.with_hypers({"noise.all": 0.09})).run(0, batches)
+    assert found.tasks.tolist() == truth
