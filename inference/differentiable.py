@@ -7,8 +7,8 @@ The MAP shift d solves grad F(d; hypers, m', Lambda') = 0, so that by the implic
 No step of the search is differentiated. H is that of the objective itself, solved by conjugate gradients with the belief's
 own precision as preconditioner. That is the Gauss-Newton matrix: one step where the network is linear in its weights, and
 elsewhere not the derivative by itself. At a saddle, where a search ends when two units mirror each other, the solve stops at
-the first direction of negative curvature, and the derivative is too small or too large. The columns that a low-rank structure keeps are likewise the solution of an equation,
-and differentiated through it: see ``DifferentiableLowRank``.
+the first direction of negative curvature, and the derivative is too small or too large. The columns that a low-rank structure
+keeps are likewise the solution of an equation, and differentiated through it: see ``DifferentiableLowRank``.
 """
 
 from __future__ import annotations
