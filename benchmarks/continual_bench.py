@@ -24,7 +24,16 @@ from continual_settings import BATCH_SIZE, CURVATURE_EXAMPLES, LEARNING_RATES, B
 import ssm_nn
 from ssm_nn import ByPath, PerTask, Task
 from ssm_nn.extraction import describe
-from ssm_nn.inference import Diagonal, Kronecker, KroneckerCurvature, LaplaceFilter, Lbfgs, Minibatch, SketchedCurvature
+from ssm_nn.inference import (
+    Diagonal,
+    Kronecker,
+    KroneckerCurvature,
+    LaplaceFilter,
+    Lbfgs,
+    LowRank,
+    Minibatch,
+    SketchedCurvature,
+)
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.models.datasets import Dataset, load
 from ssm_nn.models.networks import cnn, mlp
@@ -208,7 +217,9 @@ def engine_of(
     if isinstance(structure, Kronecker):
         curvature: Any = KroneckerCurvature(CURVATURE_EXAMPLES, spread, strength)
     else:
-        curvature = SketchedCurvature(CURVATURE_EXAMPLES)
+        # two random columns for each direction of the sketch, where forty examples each would give fewer
+        wanted = 2 * (structure.rank + 10) if isinstance(structure, LowRank) else 1
+        curvature = SketchedCurvature(CURVATURE_EXAMPLES, column_batch=min(40, CURVATURE_EXAMPLES // wanted))
     return LaplaceFilter(
         program_of(world, prior_scale, shape),
         structure,
