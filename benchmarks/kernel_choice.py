@@ -14,7 +14,7 @@ import argparse
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ GROUPS = {"first": "layers.0.*", "last": "layers.1.*"}
 NOISES = (0.0, 0.1, 0.5, 2.0)  # variances of a step, over a prior variance of PRIOR_SCALES squared
 PRIOR_SCALES = {"digits": 1.0, "mnist": 0.3, "fashion-mnist": 0.3}  # hundreds of inputs, not 64
 START = 0.1  # of the gradient and of EM, over the prior variance
-STEPS = 30  # of the gradient
+FURTHER_STARTS = ((0.1, 0.5), (0.1, 2.0), (0.5, 0.5))  # of the gradient: first and last layer
+STEPS = 30  # of the gradient, from each start
 RANK, HIDDEN, LABELS, STEP = 100, 24, 50, 5.0
 STATIC, SINGLE, GRID, GRADIENT, EM = "static", "single", "grid", "gradient", "em"
 ROUNDING = 0.05  # nats
@@ -87,7 +88,7 @@ def one_seed(
     engine = engine_of(stream, seed, PRIOR_SCALES[dataset])
     tasks = [stream.train[t] for t in range(len(stream))]
 
-    def at(first: float, last: float) -> Mapping[str, Any]:
+    def at(first: float, last: float) -> Mapping[str, float]:
         return {"noise.first": first * variance, "noise.last": last * variance}
 
     grid, began = {}, time.perf_counter()
@@ -107,7 +108,7 @@ def one_seed(
             STATIC: (at(0.0, 0.0), spent / len(pairs)),
             SINGLE: best(equal),
             GRID: best(pairs),
-            GRADIENT: _timed(lambda: by_gradient(start, tasks, seed)),
+            GRADIENT: _timed(lambda: by_gradient(start, [at(*pair) for pair in FURTHER_STARTS], tasks, seed)),
             EM: _timed(
                 lambda: learn_kernel(start, tasks, {f"noise.{k}": v for k, v in GROUPS.items()}, key=seed).hypers
             ),
@@ -122,9 +123,11 @@ def one_seed(
     return lines, judged
 
 
-def by_gradient(start: LaplaceFilter, tasks: list[Any], seed: int) -> Mapping[str, Any]:
+def by_gradient(
+    start: LaplaceFilter, further: Sequence[Mapping[str, float]], tasks: list[Any], seed: int
+) -> Mapping[str, Any]:
     """Adam on the logarithms; then 0, which these never reach, for the noise of each layer where the evidence prefers it."""
-    found = maximise_evidence(start, tasks, list(start.hypers), steps=STEPS, key=seed)
+    found = maximise_evidence(start, tasks, list(start.hypers), starts=further, steps=STEPS, key=seed)
     best, hypers = found.log_evidence, found.hypers
     for name in start.hypers:
         still = hypers | {name: 0.0 * hypers[name]}

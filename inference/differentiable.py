@@ -7,8 +7,9 @@ The MAP shift d solves grad F(d; hypers, m', Lambda') = 0, so that by the implic
 No step of the search is differentiated. H is that of the objective itself, solved by conjugate gradients with the belief's
 own precision as preconditioner. That is the Gauss-Newton matrix: one step where the network is linear in its weights, and
 elsewhere not the derivative by itself. At a saddle, where a search ends when two units mirror each other, the solve stops at
-the first direction of negative curvature, and the derivative is too small or too large. The columns that a low-rank structure
-keeps are likewise the solution of an equation, and differentiated through it: see ``DifferentiableLowRank``.
+the first direction of negative curvature, and the derivative is too small or too large: a solve with random numbers looks for
+such a direction beforehand, and the task is reported. The columns that a low-rank structure keeps are likewise the solution of
+an equation, and differentiated through it: see ``DifferentiableLowRank``.
 """
 
 from __future__ import annotations
@@ -28,33 +29,35 @@ from ssm_nn.inference.structures import Cut, LowRank, Structure
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, singular_directions
 from ssm_nn.tasks import Task
 
-__all__ = ["DifferentiableLowRank", "TaskEvidence", "differentiable"]
+__all__ = ["DifferentiableLowRank", "TaskEvidence", "Updated", "differentiable"]
 
 Array = Any
+Updated = tuple[tuple[Belief, Array], Array]
 
 _MOST_STEPS = 200  # of conjugate gradients; more than a few tens say that the MAP search ended at no minimum
+_PROBING_STEPS = 50  # for a direction of negative curvature, which lies at the end of the spectrum and is met early
 
 
 class TaskEvidence:
     """An engine's (hypers, belief before, task, found shift) -> (belief after, log evidence), compiled with its pull-back.
 
-    ``first``, ``later`` for the first task and the others; ``prior``, ``prediction`` the same for tasks without data, whose
-    value is the belief alone. ``pull`` applies a pull-back.
+    ``first``, ``later`` for the first task and the others, with a third result: whether the shift is at a saddle; ``prior``,
+    ``prediction`` the same for tasks without data, whose value is the belief alone. ``pull`` applies a pull-back.
     """
 
     def __init__(self, engine: LaplaceFilter):
         self.engine = engine
         self.structure = differentiable(engine.structure)
-        self.first = jax.jit(self._with_pullback(self._first))
-        self.later = jax.jit(self._with_pullback(self._later))
+        self.first = jax.jit(self._with_pullback(self._first, has_aux=True))
+        self.later = jax.jit(self._with_pullback(self._later, has_aux=True))
         self.prior = jax.jit(self._with_pullback(self._without_data_first))
         self.prediction = jax.jit(self._with_pullback(self._without_data))
         self.pull = jax.jit(lambda pullback, cotangents: pullback(cotangents))
 
     @staticmethod
-    def _with_pullback(function: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_pullback(function: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
         """(differentiated arguments, others) -> value and pull-back, a pytree: both directions are compiled once a shape."""
-        return lambda arguments, *fixed: jax.vjp(lambda *free: function(*free, *fixed), *arguments)
+        return lambda arguments, *fixed: jax.vjp(lambda *free: function(*free, *fixed), *arguments, has_aux=has_aux)
 
     def _space(self, hypers: Any, task: Task) -> StateSpace:
         return extract(self.engine.program, task, hypers)
@@ -68,19 +71,17 @@ class TaskEvidence:
     def _without_data(self, hypers: Any, before: Belief, task: Task) -> Belief:
         return predict_belief(before, self._space(hypers, task).moments)
 
-    def _first(self, hypers: Any, task: Task, shift: Array, power: Array, key: Array) -> tuple[Belief, Array]:
+    def _first(self, hypers: Any, task: Task, shift: Array, power: Array, key: Array) -> Updated:
         space = self._space(hypers, task)
         return self._update(space, hypers, self._prior(space), task, shift, power, key)
 
-    def _later(
-        self, hypers: Any, before: Belief, task: Task, shift: Array, power: Array, key: Array
-    ) -> tuple[Belief, Array]:
+    def _later(self, hypers: Any, before: Belief, task: Task, shift: Array, power: Array, key: Array) -> Updated:
         space = self._space(hypers, task)
         return self._update(space, hypers, predict_belief(before, space.moments), task, shift, power, key)
 
     def _update(
         self, space: StateSpace, hypers: Any, predicted: Belief, task: Task, shift: Array, power: Array, key: Array
-    ) -> tuple[Belief, Array]:
+    ) -> Updated:
         problem = MapProblem(predicted.mean, predicted.precision, task, hypers, power)
         value_of = problem.objective(space)
         # the preconditioner of the solve, made where nothing is differentiated
@@ -88,35 +89,39 @@ class TaskEvidence:
         curvature = self.engine.curvature
         rough = curvature.gather(space, self.structure, frozen[0] + shift, task, frozen[1], power, key)
         metric = jax.lax.stop_gradient(self.structure.cut(frozen[1].absorb(rough.site)).precision)
-        d = _implicit(value_of, shift, metric.solve)
+        d, saddle = _implicit(value_of, shift, metric.solve, key)
         theta = predicted.mean + d
         information = curvature.gather(space, self.structure, theta, task, predicted.precision, power, key)
         precision = self.structure.cut(predicted.precision.absorb(information.site)).precision
-        return Belief(theta, precision), -value_of(d) - 0.5 * information.logdet_gain
+        return (Belief(theta, precision), -value_of(d) - 0.5 * information.logdet_gain), saddle
 
 
-def _implicit(objective: Callable[[Array], Array], found: Array, precondition: Callable[[Array], Array]) -> Array:
-    """``found`` with the derivative of the minimum of ``objective``."""
+def _implicit(
+    objective: Callable[[Array], Array], found: Array, precondition: Callable[[Array], Array], key: Array
+) -> tuple[Array, Array]:
+    """``found`` with the derivative of the minimum of ``objective``; whether it is a saddle instead."""
     gradient = jax.grad(objective)(found)
     # closed over without their derivatives: the Hessian's own change does not count where the gradient is 0
     hessian = jax.linearize(jax.grad(objective), found)[1]
 
     def solve(matvec: Callable[[Array], Array], right: Array) -> Array:
-        return _conjugate_gradients(matvec, right, precondition)
+        return _conjugate_gradients(matvec, right, precondition, _MOST_STEPS)[0]
 
     moved = gradient - jax.lax.stop_gradient(gradient)
-    return found - jax.lax.custom_linear_solve(hessian, moved, solve, symmetric=True)
+    probe = jax.random.normal(key, found.shape, found.dtype)
+    _, rising = jax.lax.stop_gradient(_conjugate_gradients(hessian, probe, precondition, _PROBING_STEPS))
+    return found - jax.lax.custom_linear_solve(hessian, moved, solve, symmetric=True), ~rising
 
 
 def _conjugate_gradients(
-    matvec: Callable[[Array], Array], right: Array, precondition: Callable[[Array], Array]
-) -> Array:
-    """Preconditioned; to rounding, and no further than a direction of negative curvature."""
+    matvec: Callable[[Array], Array], right: Array, precondition: Callable[[Array], Array], most_steps: int
+) -> tuple[Array, Array]:
+    """Preconditioned; to rounding, and no further than a direction of negative curvature. Whether there was none."""
     tolerance = 4 * jnp.finfo(right.dtype).eps ** 2
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         _, _, _, size, count, rising = carry
-        return (size > tolerance * start) & (count < _MOST_STEPS) & rising
+        return (size > tolerance * start) & (count < most_steps) & rising
 
     def iterate(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         x, residual, direction, size, count, _ = carry
@@ -132,7 +137,8 @@ def _conjugate_gradients(
     white = precondition(right)
     start = right @ white
     carry = (jnp.zeros_like(right), right, white, start, jnp.asarray(0), jnp.asarray(True))
-    return jax.lax.while_loop(unfinished, iterate, carry)[0]
+    x, *_, rising = jax.lax.while_loop(unfinished, iterate, carry)
+    return x, rising
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ssm_nn.inference.differentiable import TaskEvidence
 from ssm_nn.inference.expectation_maximisation import Iterate
 from ssm_nn.inference.hyper_parameters import check_known, supports
 from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
-from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, MapProblem
+from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapProblem
 from ssm_nn.tasks import Task, Tasks, listed_tasks
 
 __all__ = ["EvidenceGradient", "EvidenceMaximum", "Slope", "maximise_evidence"]
@@ -41,7 +41,7 @@ class Slope(NamedTuple):
     Attributes:
         log_evidence: in nats, as ``engine.run`` reports it.
         gradient: by hyper-parameter, in the shape of its value.
-        unconverged: tasks whose MAP search did not converge; the derivative is wrong by as much as the search is.
+        unconverged: tasks whose MAP search did not converge, or ended at a saddle; the derivative is wrong there.
     """
 
     log_evidence: float
@@ -81,10 +81,10 @@ class EvidenceGradient:
         state = engine.init(key, listed[0])
         total, pulls, unconverged = 0.0, [], []
         for t, task in enumerate(listed):
-            state, value, pull, status = self._forward(engine, state, task)
+            state, value, pull, at_minimum = self._forward(engine, state, task)
             total += value
             pulls.append(pull)
-            if status in (NOT_CONVERGED, NOT_FINITE):
+            if not at_minimum:
                 unconverged.append(t)
         gradient, bar = jax.tree.map(jnp.zeros_like, engine.hypers), None
         for pull in reversed(pulls):
@@ -95,8 +95,8 @@ class EvidenceGradient:
 
     def _forward(
         self, engine: LaplaceFilter, state: FilterState, task: Task
-    ) -> tuple[FilterState, float, Callable[[Belief | None], tuple[Any, ...]], int]:
-        """One task as ``engine.update`` does it; how its belief's cotangent goes back through it; the search's status."""
+    ) -> tuple[FilterState, float, Callable[[Belief | None], tuple[Any, ...]], bool]:
+        """One task as ``engine.update`` does it; how its belief's cotangent goes back through it; whether at a minimum."""
         task, pieces = without_masked(jax.tree.map(jnp.asarray, task)), self._evidence
         next_key, map_key, curvature_key = jax.random.split(state.key, 3)
         first = int(state.step) == 0
@@ -104,18 +104,19 @@ class EvidenceGradient:
         if not task.data:
             after, back = (pieces.prior if first else pieces.prediction)(free, task)
             moved = FilterState(state.step + 1, next_key, after.mean, after.precision)
-            return moved, 0.0, lambda bar: pieces.pull(back, _or_zeros(bar, after)), CONVERGED
+            return moved, 0.0, lambda bar: pieces.pull(back, _or_zeros(bar, after)), True
         _, predicted, start = engine._advance(engine.hypers, state, task, map_key)
         task, power = with_mask(task), jnp.asarray(engine.power, state.mean.dtype)
         problem = MapProblem(predicted.mean, predicted.precision, task, engine.hypers, power)
         found = engine._estimate(problem, start, map_key)
-        (after, value), back = (pieces.first if first else pieces.later)(free, task, found.shift, power, curvature_key)
+        update = pieces.first if first else pieces.later
+        (after, value), back, saddle = update(free, task, found.shift, power, curvature_key)
         moved = FilterState(state.step + 1, next_key, after.mean, after.precision)
 
         def pull(bar: Belief | None) -> tuple[Any, ...]:
             return pieces.pull(back, (_or_zeros(bar, after), jnp.ones_like(value)))
 
-        return moved, float(value), pull, found.status
+        return moved, float(value), pull, found.status not in (NOT_CONVERGED, NOT_FINITE) and not bool(saddle)
 
 
 def _or_zeros(cotangent: Belief | None, of: Belief) -> Belief:
@@ -132,7 +133,7 @@ class EvidenceMaximum:
         history: every step, in order.
         slope: largest derivative of the last step, in nats for a unit of the unconstrained space.
         converged: whether it fell below the tolerance.
-        unconverged_tasks: at the last step, the tasks whose MAP search did not converge.
+        unconverged_tasks: at the last step, the tasks whose MAP search did not converge, or ended at a saddle.
     """
 
     hypers: dict[str, Array]
@@ -148,6 +149,7 @@ def maximise_evidence(
     tasks: Tasks | Iterable[Task | Mapping[str, Any] | None],
     learn: Sequence[str],
     *,
+    starts: Sequence[Mapping[str, float]] = (),
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 50,
     tolerance: float = 0.1,
@@ -156,22 +158,25 @@ def maximise_evidence(
     """Maximise the evidence over the hyper-parameters ``learn`` from their values in ``engine.hypers`` on.
 
     The search runs in the unconstrained space of each site's support (``numpyro.distributions.biject_to``): near 0 of a
-    noise that is its logarithm. No prior of a hyper-parameter takes part.
+    noise that is its logarithm. No prior of a hyper-parameter takes part. Evidences of networks are rough, each run of the
+    filter ending in modes of its own: several starts find higher maxima than one.
 
     Args:
         engine: the filter.
         tasks: all tasks; they are read once a step.
         learn: names of hyper-parameters, single numbers inside their supports.
+        starts: further values to start from, each naming some of ``learn``; the others start as in ``engine.hypers``.
         optimizer: any optax optimiser; by default Adam, 0.3.
-        steps: at most.
+        steps: at most, from each start.
         tolerance: converged when no derivative exceeds so many nats for a unit of the unconstrained space.
         key: as for ``engine.run``, the same in every step.
 
     Returns:
-        The best step. A FilterWarning says so where the steps did not converge.
+        The best step of the start that came highest. A FilterWarning says so where its steps did not converge, or its last
+        one is wrong.
 
     Raises:
-        ValueError: unknown names, values on the edge of their support, an evidence that is not finite at the start.
+        ValueError: unknown names, values on the edge of their support, an evidence that is not finite at a start.
     """
     if isinstance(learn, str) or not learn:
         raise ValueError(f"learn is {learn!r}; a sequence of one or more names is accepted")
@@ -183,22 +188,58 @@ def maximise_evidence(
     listed = listed_tasks(tasks)
     constraints = supports(engine.program, listed[0], engine.hypers)
     maps = {name: biject_to(constraints[name]) for name in learn}
-    free = {name: maps[name].inv(engine.hypers[name]) for name in learn}
-    for name, value in free.items():
-        if not bool(jnp.isfinite(value)):
-            raise ValueError(
-                f"learn names {name!r}, which starts at {float(engine.hypers[name])}, on the edge of its support "
-                f"{constraints[name]}; a value inside is accepted"
-            )
-    rule = optax.adam(0.3) if optimizer is None else optimizer
-    gradient_of, state = EvidenceGradient(engine), rule.init(free)
+    begin = []
+    for start in ({}, *starts):
+        if unknown := set(start) - set(learn):
+            raise ValueError(f"starts names {sorted(unknown)}; learn names {list(learn)}")
+        values = {name: jnp.asarray(start.get(name, value)) for name, value in engine.hypers.items() if name in maps}
+        free = {name: maps[name].inv(value.astype(engine.hypers[name].dtype)) for name, value in values.items()}
+        for name, value in free.items():
+            if not bool(jnp.isfinite(value)):
+                raise ValueError(
+                    f"learn names {name!r}, which starts at {float(values[name])}, on the edge of its support or outside: "
+                    f"{constraints[name]}; a value inside is accepted"
+                )
+        begin.append(free)
+    rule, gradient_of = optax.adam(0.3) if optimizer is None else optimizer, EvidenceGradient(engine)
+    ends = [_ascend(gradient_of, listed, free, maps, rule, steps, tolerance, key) for free in begin]
+    found = max(ends, key=lambda end: end.log_evidence)
+    if not found.converged:
+        warnings.warn(
+            f"the evidence still has a slope of {found.slope:.3g} nats after {len(found.history)} steps: allow more, or a "
+            "larger learning rate",
+            FilterWarning,
+            stacklevel=2,
+        )
+    if found.unconverged_tasks:
+        warnings.warn(
+            f"the MAP search of tasks {list(found.unconverged_tasks)} did not end at a minimum, so that the evidence's slope "
+            "is wrong there: allow the estimator more steps, or give the units of the network different starts",
+            FilterWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _ascend(
+    gradient_of: EvidenceGradient,
+    tasks: list[Task],
+    free: dict[str, Array],
+    maps: Mapping[str, Any],
+    rule: optax.GradientTransformation,
+    steps: int,
+    tolerance: float,
+    key: Array | int,
+) -> EvidenceMaximum:
+    """Steps up the evidence from ``free``, values in the unconstrained space."""
+    engine, state = gradient_of.engine, rule.init(free)
     history, best, slope, found = [], None, float("inf"), None
     for _ in range(steps):
-        constrained, pull = jax.vjp(lambda z: {name: maps[name](z[name]) for name in learn}, free)
+        constrained, pull = jax.vjp(lambda z: {name: maps[name](z[name]) for name in z}, free)
         hypers = engine.hypers | {name: v.astype(engine.hypers[name].dtype) for name, v in constrained.items()}
-        found = gradient_of(hypers, listed, key=key)
-        history.append(Iterate({name: float(hypers[name]) for name in learn}, found.log_evidence))
-        (uphill,) = pull({name: found.gradient[name].astype(constrained[name].dtype) for name in learn})
+        found = gradient_of(hypers, tasks, key=key)
+        history.append(Iterate({name: float(hypers[name]) for name in free}, found.log_evidence))
+        (uphill,) = pull({name: found.gradient[name].astype(v.dtype) for name, v in constrained.items()})
         slope = max(abs(float(part)) for part in uphill.values())
         if not np.isfinite(found.log_evidence) or not np.isfinite(slope):
             break
@@ -209,15 +250,6 @@ def maximise_evidence(
         change, state = rule.update(jax.tree.map(jnp.negative, uphill), state, free)
         free = optax.apply_updates(free, change)
     if best is None or found is None:
-        raise ValueError(
-            f"engine: the log evidence is {history[0].log_evidence} at its hyper-parameters; finite is needed"
-        )
-    converged = slope < tolerance
-    if not converged:
-        warnings.warn(
-            f"the evidence still has a slope of {slope:.3g} nats after {len(history)} steps: allow more, or a larger "
-            "learning rate",
-            FilterWarning,
-            stacklevel=2,
-        )
-    return EvidenceMaximum(best[0], best[1], tuple(history), slope, converged, found.unconverged)
+        at = {name: float(maps[name](value)) for name, value in free.items()}
+        raise ValueError(f"engine: the log evidence is {history[0].log_evidence} at {at}; finite is needed")
+    return EvidenceMaximum(best[0], best[1], tuple(history), slope, slope < tolerance, found.unconverged)

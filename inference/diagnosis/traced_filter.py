@@ -18,7 +18,7 @@ from ssm_nn.inference.automatic import AutomaticEstimator
 from ssm_nn.inference.batches import counted_copies
 from ssm_nn.inference.beliefs import Belief, predict_belief
 from ssm_nn.inference.curvature import ExactCurvature
-from ssm_nn.inference.differentiable import TaskEvidence
+from ssm_nn.inference.differentiable import TaskEvidence, Updated
 from ssm_nn.inference.gauss_newton import GaussNewton
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
@@ -31,7 +31,7 @@ Array = Any
 
 
 class Evidence(NamedTuple):
-    """``log_evidence`` in nats, and ``unconverged``, the number of tasks whose MAP search did not converge."""
+    """``log_evidence`` in nats, and ``unconverged``, the number of tasks whose MAP search did not end at a minimum."""
 
     log_evidence: Array
     unconverged: Array
@@ -79,13 +79,13 @@ class TracedFilter:
             task = counted_copies(Task.tree_unflatten(None, parts))
             next_key, map_key, curvature_key = jax.random.split(key, 3)
             found, status = self._search(hypers, belief, index, task, map_key)
-            belief, value = revised(hypers, belief, index, task, found, curvature_key)
-            return (belief, index + 1, next_key), (value, status)
+            (belief, value), saddle = revised(hypers, belief, index, task, found, curvature_key)
+            return (belief, index + 1, next_key), (value, (status != CONVERGED) | saddle)
 
         masked = tasks.mask if tasks.mask is not None else jnp.ones((len(tasks), first.num_examples), bool)
         start = (before, jnp.zeros((), jnp.int32), key)
-        _, (values, statuses) = jax.lax.scan(step, start, (tasks.data, tasks.context, masked))
-        return Evidence(jnp.sum(values, dtype=dtype), jnp.sum(statuses != CONVERGED))
+        _, (values, unconverged) = jax.lax.scan(step, start, (tasks.data, tasks.context, masked))
+        return Evidence(jnp.sum(values, dtype=dtype), jnp.sum(unconverged))
 
     def _predicted(self, space: StateSpace, belief: Belief, index: Array) -> Belief:
         """The prior itself for the first task."""
@@ -109,10 +109,8 @@ class TracedFilter:
         shift, _, status, _ = _check_estimator(estimator)._minimise(engine.program, problem, start)
         return jax.lax.stop_gradient(shift), status
 
-    def _revised(
-        self, hypers: Any, belief: Belief, index: Array, task: Task, shift: Array, key: Array
-    ) -> tuple[Belief, Array]:
-        """The belief after the task and its log evidence."""
+    def _revised(self, hypers: Any, belief: Belief, index: Array, task: Task, shift: Array, key: Array) -> Updated:
+        """The belief after the task and its log evidence; whether the shift is at a saddle."""
         space = extract(self.engine.program, task, hypers)
         predicted = self._predicted(space, belief, index)
         power = jnp.asarray(self.engine.power, predicted.mean.dtype)

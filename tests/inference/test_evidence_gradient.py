@@ -12,7 +12,8 @@ import optax
 import pytest
 from walking_regression import GAINS, NOISES, P, evidence, program, tasks_of
 
-from ssm_nn import Moments, Task, weights
+from ssm_nn import Moments, Task, stack_tasks, weights
+from ssm_nn.inference.diagnosis.traced_filter import TracedFilter
 from ssm_nn.inference.differentiable import DifferentiableLowRank
 from ssm_nn.inference.evidence_gradient import EvidenceGradient, maximise_evidence
 from ssm_nn.inference.expectation_maximisation import learn_kernel
@@ -21,6 +22,7 @@ from ssm_nn.inference.laplace import FilterWarning, LaplaceFilter
 from ssm_nn.inference.lbfgs import Lbfgs
 from ssm_nn.inference.sketch import SketchedCurvature
 from ssm_nn.inference.structures import Dense, Diagonal, LowRank
+from ssm_nn.models import RandomWalk
 from ssm_nn.models.datasets import load
 from ssm_nn.models.networks import mlp
 from ssm_nn.models.programs import classification
@@ -161,6 +163,46 @@ def test_the_cut_has_a_finite_derivative_where_singular_values_are_equal(rng):
             assert float(jnp.sum(gradient * direction)) == pytest.approx(float(slope), rel=1e-6)
 
 
+def bump_task():
+    """A bump, which two units of tanh make with weights of opposite signs."""
+    x = np.linspace(-2, 2, 40)[:, None]
+    return Task({"x": x, "y": np.exp(-2 * x[:, 0] ** 2)})
+
+
+def bump_program(tasks):
+    def apply(w, x):
+        return jnp.tanh(x * w["in"] + w["bias"]) @ w["out"]
+
+    noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+    network = (apply, {"in": jnp.full(2, 0.5), "bias": jnp.full(2, 0.1), "out": jnp.full(2, 0.5)})
+    net = weights("net", network, prior=dist.Normal(0.0, 2.0), transition=RandomWalk(noise), num_tasks=len(tasks))
+    net.over(tasks, lambda f, task: numpyro.sample("y", dist.Normal(f(task["x"]), 0.1), obs=task["y"]))
+
+
+@x64
+def test_units_that_mirror_each_other_are_reported_as_a_saddle():
+    task, hypers = bump_task(), {"noise": jnp.asarray(0.01)}
+    mirrored = LaplaceFilter(bump_program, Dense(), hypers=hypers, estimator=Lbfgs())
+    with pytest.warns(FilterWarning, match=r"tasks \[0\] did not end at a minimum"):
+        assert maximise_evidence(mirrored, [task], ["noise"], steps=1).unconverged_tasks == (0,)
+    assert int(TracedFilter(mirrored)(hypers, stack_tasks([task]), jax.random.key(0)).unconverged) == 1
+
+
+@pytest.mark.slow
+@x64
+def test_several_starts_end_at_the_highest_of_their_ends():
+    tasks, values = tasks_of(0, num_tasks=3), (3.0, 0.1)
+
+    def end(first, *starts):
+        begin = engine("dense").with_hypers(hypers_of((first, 0.1)))
+        with pytest.warns(FilterWarning, match="slope"):
+            return maximise_evidence(begin, tasks, ["noise.first"], starts=starts, steps=2).log_evidence
+
+    alone = [end(value) for value in values]
+    assert alone[0] != alone[1]
+    assert end(values[0], {"noise.first": values[1]}) == max(alone)
+
+
 @pytest.mark.slow
 @x64
 def test_gradient_and_em_end_at_one_maximum():
@@ -208,6 +250,8 @@ def test_steps_that_do_not_suffice_are_reported():
         ("noise.first", {}, "learn is 'noise.first'; a sequence"),
         (["noise"], {}, "learn names 'noise'; the engine has the hyper-parameters"),
         (["noise.first"], {"noise": (0.0, 0.1)}, "'noise.first', which starts at 0.0, on the edge of its support"),
+        (["noise.first"], {"starts": [{"noise.first": -1.0}]}, "'noise.first', which starts at -1.0"),
+        (["noise.first"], {"starts": [{"noise.last": 1.0}]}, "starts names ..noise.last..; learn names"),
         (["noise.first"], {"steps": 0}, "steps is 0"),
         (["noise.first"], {"tolerance": -1.0}, "tolerance is -1.0"),
         (["noise.first"], {"curvature": SketchedCurvature()}, "ExactCurvature"),
