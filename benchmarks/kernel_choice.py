@@ -88,7 +88,7 @@ def one_seed(
     engine = engine_of(stream, seed, PRIOR_SCALES[dataset])
     tasks = [stream.train[t] for t in range(len(stream))]
 
-    def at(first: float, last: float) -> Mapping[str, float]:
+    def at(first: float, last: float) -> Mapping[str, Any]:
         return {"noise.first": first * variance, "noise.last": last * variance}
 
     grid, began = {}, time.perf_counter()
@@ -124,7 +124,7 @@ def one_seed(
 
 
 def by_gradient(
-    start: LaplaceFilter, further: Sequence[Mapping[str, float]], tasks: list[Any], seed: int
+    start: LaplaceFilter, further: Sequence[Mapping[str, Any]], tasks: list[Any], seed: int
 ) -> Mapping[str, Any]:
     """Adam on the logarithms; then 0, which these never reach, for the noise of each layer where the evidence prefers it."""
     found = maximise_evidence(start, tasks, list(start.hypers), starts=further, steps=STEPS, key=seed)

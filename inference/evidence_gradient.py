@@ -224,7 +224,7 @@ def maximise_evidence(
 def _ascend(
     gradient_of: EvidenceGradient,
     tasks: list[Task],
-    free: dict[str, Array],
+    free: Any,  # name -> value
     maps: Mapping[str, Any],
     rule: optax.GradientTransformation,
     steps: int,
