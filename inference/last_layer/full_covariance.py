@@ -20,6 +20,9 @@ __all__ = ["Full", "FullCovariance", "FullPrecision", "information_matrix"]
 
 Array = Any
 
+_PART = 1024  # points whose features stay in the cache; sizes beyond it are its multiples
+_LEAF = 512  # below it LAPACK is faster than its halves
+
 
 @dataclass(frozen=True)
 class Full:
@@ -56,17 +59,19 @@ class FullCovariance:
         return self.matrix.shape[0] // self.num_outputs
 
     def _times(self, phi: Array) -> Array:
-        """``S J^T`` (K D, n, K): no more than K D columns are multiplied by a feature vector at a time."""
-        cut = self.matrix.reshape(-1, self.num_outputs, self.num_features)
-        return jnp.einsum("akd,nd->ank", cut, phi)
+        """``S J^T`` (K D, K, n): one product of two matrices, since batches of thin ones take ten times as long."""
+        cut = self.matrix.reshape(-1, self.num_features) @ phi.T
+        return cut.reshape(self.matrix.shape[0], self.num_outputs, -1)
 
     def _project(self, phi: Array, columns: Array) -> Array:
-        """``J columns`` (n, K, ...) of columns (K D, ...)."""
-        return jnp.einsum("nd,kd...->nk...", phi, columns.reshape(self.num_outputs, -1, *columns.shape[1:]))
+        """``J columns`` (K, n, C) of columns (K D, C)."""
+        return phi @ columns.reshape(self.num_outputs, self.num_features, -1)
 
     def kernel(self, phi: Array) -> Array:
         """``J S J^T`` (n, K, n, K)."""
-        return self._project(phi, self._times(phi))
+        size, num = self.num_outputs, phi.shape[0]
+        between = self._project(phi, self._times(phi).reshape(self.matrix.shape[0], -1))
+        return between.reshape(size, num, size, num).transpose(1, 0, 3, 2)
 
     def lift(self, phi: Array, a: Array) -> Array:
         """``S J^T a`` (K, D)."""
@@ -74,10 +79,11 @@ class FullCovariance:
 
     def _columns(self, phi: Array, factor: Array) -> tuple[Array, Array]:
         """``S U`` (K D, n C) and ``U^T S U`` (n C, n C)."""
-        scaled = jnp.einsum("ank,nkc->anc", self._times(phi), factor)
-        core = jnp.einsum("nkmc,nkb->nbmc", self._project(phi, scaled), factor)
-        size = scaled.shape[1] * scaled.shape[2]
-        return scaled.reshape(-1, size), core.reshape(size, size)
+        size = factor.shape[0] * factor.shape[2]
+        wide = jnp.einsum("akn,nkc->anc", self._times(phi), factor).reshape(-1, size)
+        between = self._project(phi, wide).reshape(self.num_outputs, phi.shape[0], size)
+        core = jnp.einsum("knm,nkb->nbm", between, factor)
+        return wide, core.reshape(size, size)
 
     def absorb(self, phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array) -> FullCovariance:
         """Down by ``S U (I + U^T S U)^-1 U^T S``: a square is subtracted, so no variance grows."""
@@ -197,14 +203,22 @@ def identity_plus_root(core: Array) -> Array:
 
 def information_matrix(phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array) -> Array:
     """``H = sum_n w_n Lambda_n (x) phi_n phi_n^T`` (K D, K D), one product for each pair of outputs."""
-    size, width = f.shape[1], phi.shape[1]
+    size, (num, width) = f.shape[1], phi.shape
     first, second = jnp.triu_indices(size)
+    # by parts, so that the weighted features stay in the cache
+    part = _PART if num % _PART == 0 else num
+    parts = phi.reshape(-1, part, width)
 
     def of_pair(pair):
         own, other = pair
         unit = jnp.zeros_like(f).at[:, other].set(1.0)
         scale = jnp.where(weight > 0, weight * likelihood.weigh(f, y, unit)[:, own], 0.0)
-        return (phi * scale[:, None]).T @ phi
+
+        def add(total, some):
+            rows, scales = some
+            return total + (rows * scales[:, None]).T @ rows, None
+
+        return jax.lax.scan(add, jnp.zeros((width, width), phi.dtype), (parts, scale.reshape(-1, part)))[0]
 
     blocks = jax.lax.map(of_pair, (first, second))
     whole = jnp.zeros((size, size, width, width), phi.dtype)
@@ -215,5 +229,26 @@ def information_matrix(phi: Array, likelihood: HeadLikelihood, f: Array, y: Any,
 def _inverse(matrix: Array) -> tuple[Array, Array]:
     """Of a positive definite matrix, symmetric; and the log determinant of the matrix itself."""
     root = jnp.linalg.cholesky(matrix)
-    half = jax.scipy.linalg.solve_triangular(root, jnp.eye(matrix.shape[0], dtype=matrix.dtype), lower=True)
-    return half.T @ half, 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
+    return _gram_of_lower(_inverse_of_lower(root)), 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
+
+
+def _inverse_of_lower(root: Array) -> Array:
+    """``L^-1`` by halves: products of whole matrices, which leave out the zeros, are faster than a triangular solve."""
+    size = root.shape[0]
+    if size <= _LEAF:
+        return jax.scipy.linalg.solve_triangular(root, jnp.eye(size, dtype=root.dtype), lower=True)
+    half = size // 2
+    upper, lower = _inverse_of_lower(root[:half, :half]), _inverse_of_lower(root[half:, half:])
+    corner = -lower @ (root[half:, :half] @ upper)
+    return jnp.block([[upper, jnp.zeros((half, size - half), root.dtype)], [corner, lower]])
+
+
+def _gram_of_lower(lower: Array) -> Array:
+    """``M^T M`` of a lower triangular M, by halves likewise."""
+    size = lower.shape[0]
+    if size <= _LEAF:
+        return lower.T @ lower
+    half = size // 2
+    corner, last = lower[half:, :half], lower[half:, half:]
+    beside = last.T @ corner
+    return jnp.block([[_gram_of_lower(lower[:half, :half]) + corner.T @ corner, beside.T], [beside, _gram_of_lower(last)]])

@@ -6,7 +6,8 @@ Few points, in the dual: with f_0 = m phi, K = J S J^T, Lambda = L L^T, all weig
 
     r = g - a;   a <- a + r - L (I + L^T K L)^-1 L^T K r;   f = f_0 + K a;   V = m + S J^T a at the end
 
-(equal to the form with b = Lambda (f - f_0) + g, less its cancellation). Many points, in the weights: conjugate gradients on
+(equal to the form with b = Lambda (f - f_0) + g, less its cancellation), the inverse by Cholesky's factor where n K is small,
+else by conjugate gradients. Many points, in the weights: conjugate gradients on
 S^-1 + J^T Lambda J, preconditioned by one (D, D) matrix for all outputs. Both halve a step that does not climb. The
 objective is concave for the likelihoods of this package.
 Source: the iterated update of Rasmussen and Williams 2006, section 3.5; inexact Newton of Dembo, Eisenstat, Steihaug 1982.
@@ -29,6 +30,7 @@ __all__ = ["Found", "climb_in_outputs", "climb_in_weights"]
 Array = Any
 
 NEARLY = 1e3  # times the tolerance: what rounding may leave to be climbed
+_DIRECT = 256  # outputs up to which Cholesky's factor costs less than some tens of products
 _MAX_HALVINGS = 30  # a step of 1e-9 that does not climb is rounding
 
 
@@ -102,13 +104,25 @@ def climb_in_outputs(
     def direction(climb):
         g = weighted(weight, likelihood.gradient(climb.outputs, y))
         factor = weighted_factor(likelihood, climb.outputs, y, weight)
-        lifted = jnp.einsum("pmk,mkc->pmc", matrix.reshape(size, *f_0.shape), factor)
-        core = jnp.einsum("nkmc,nkb->nbmc", lifted.reshape(*f_0.shape, *lifted.shape[1:]), factor)
-        core = core.reshape(-1, factor.shape[0] * factor.shape[2])
         residual = g - climb.position
-        pulled = lifted.reshape(size, -1).T @ residual.ravel()
-        solved = jax.scipy.linalg.cho_solve((identity_plus_root(core), True), pulled)
-        change = residual - jnp.einsum("nkc,nc->nk", factor, solved.reshape(factor.shape[0], -1))
+
+        def spread(v):
+            return jnp.einsum("nkc,nc->nk", factor, v)
+
+        def pulled(a):
+            return jnp.einsum("nkc,nk->nc", factor, (matrix @ a.ravel()).reshape(f_0.shape))
+
+        if size <= _DIRECT:
+            lifted = jnp.einsum("pmk,mkc->pmc", matrix.reshape(size, *f_0.shape), factor)
+            core = jnp.einsum("nkmc,nkb->nbmc", lifted.reshape(*f_0.shape, *lifted.shape[1:]), factor)
+            root = identity_plus_root(core.reshape(-1, factor.shape[0] * factor.shape[2]))
+            right = pulled(residual)
+            solved = jax.scipy.linalg.cho_solve((root, True), right.ravel()).reshape(right.shape)
+        else:
+            solved = _conjugate_gradients(
+                lambda v: v + pulled(spread(v)), lambda v: v, pulled(residual), climb.decrement
+            )
+        change = residual - spread(solved)
         along_f = (matrix @ change.ravel()).reshape(f_0.shape)
         return change, along_f, jnp.sum(residual * along_f)
 
@@ -216,16 +230,19 @@ def _stepped(climb: _Climb, at: Any, value: Any, slope: Array, max_steps: Array 
     return _Climb(position, outputs, value(position, outputs), steps, decrement, going)
 
 
-def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array) -> Array:
-    """``H^-1 slope`` as precisely as a Newton step that far from the top deserves."""
-    first = jnp.sum(slope * precondition(slope))
-    # the next decrement is then about the square of this one: quadratic convergence is kept
-    wanted = jnp.square(jnp.minimum(0.1, jnp.sqrt(first))) * first
-    least = jnp.square(jnp.finfo(slope.dtype).eps) * first
+def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array, decrement: Array | None = None) -> Array:
+    """``H^-1 slope`` as precisely as a Newton step that far from the top deserves; ``decrement``: how far, by default its
+    length as the preconditioner sees it."""
+    toward = precondition(slope)
+    first = jnp.sum(slope * toward)
+    far = jnp.sqrt(first) if decrement is None else decrement
+    # the next decrement is then about the square of this one, quadratic convergence, but no less than the last one needs
+    accuracy = jnp.minimum(0.1, jnp.maximum(far, 0.1 * tolerance(slope.dtype) / jnp.maximum(far, tolerance(slope.dtype))))
+    wanted = jnp.square(accuracy) * first
 
     def unsolved(carry):
         _, _, _, size, steps = carry
-        return (size > jnp.maximum(wanted, least)) & (steps < 500)
+        return (size > wanted) & (steps < 500)
 
     def step(carry):
         x, residual, toward, size, steps = carry
@@ -236,6 +253,5 @@ def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array) -> Array
         new = jnp.sum(residual * turned)
         return x, residual, turned + new / size * toward, new, steps + 1
 
-    toward = precondition(slope)
     start = (jnp.zeros_like(slope), slope, toward, first, jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(unsolved, step, start)[0]
