@@ -117,7 +117,7 @@ def keys(number):
     return jax.random.split(jax.random.key(0), number)
 
 
-@pytest.mark.parametrize("name", ["dense", "convolution", "with a rest"])
+@pytest.mark.parametrize("name", ["dense", "convolution", pytest.param("with a rest", marks=pytest.mark.slow)])
 def test_with_all_columns_diagonal_in_the_basis_and_trace_are_exact(name):
     case = case_of(name)
     information = case.kronecker(1000, keys(1), power=1.7)
@@ -270,6 +270,7 @@ def test_smoothing_never_loses_trace():
     assert np.isfinite(made.filtered.log_evidence)
 
 
+@pytest.mark.slow
 def test_draws_have_the_smoothed_moments():
     """Of the last tasks, whose belief is the filter's; five standard errors."""
     made, number = posterior(), 5000

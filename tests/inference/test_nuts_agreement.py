@@ -47,7 +47,9 @@ def program_of(kind):
 # Laplace is exact for the first. For the second, what it neglects is of relative order 1 / examples: with 60 a task, in
 # units of the posterior's standard deviation, a tenth is allowed
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("kind", "size", "bias"), [("Gaussian", 4, 0.0), ("Bernoulli", 60, 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "size", "bias"), [("Gaussian", 4, 0.0), pytest.param("Bernoulli", 60, 0.1, marks=pytest.mark.slow)]
+)
 def test_nuts_and_the_smoother_agree(kind, size, bias):
     tasks, program = tasks_of(kind, size), program_of(kind)
     # innovations are nearly round, so that the draws are nearly independent

@@ -83,6 +83,7 @@ def test_factor_and_diagonal_together_keep_the_whole_diagonal(space, dense):
     np.testing.assert_allclose(np.diag(made), np.diag(dense), rtol=0.2)
 
 
+@pytest.mark.slow
 def test_one_example_a_column_finds_the_leading_directions(space, dense):
     made = matrices(gathered(space, LowRank(8), SketchedCurvature(column_batch=1)))
     values, vectors = np.linalg.eigh(dense)

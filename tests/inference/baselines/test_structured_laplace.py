@@ -72,6 +72,7 @@ def test_a_task_without_data_changes_nothing(rng):
     jax.tree.map(np.testing.assert_array_equal, after._replace(step=0, key=0), state._replace(step=0, key=0))
 
 
+@pytest.mark.slow
 def test_a_network_remembers_what_fine_tuning_forgets():
     stream = permuted(load("digits"), num_tasks=2, train_size=400)
     program = classification(mlp((64, 20, 10), "relu", seed=0), 0.3)

@@ -171,6 +171,7 @@ def test_scores_and_p_values_are_calibrated_over_data_sets():
     assert kstest(p, "uniform").pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_class_labels_and_missing_tasks_are_judged_too():
     tasks = labelled(0, num_tasks=3)
     engine = LaplaceFilter(logistic, Dense())

@@ -105,6 +105,7 @@ def assert_agree(draws, exact):
         assert abs(values.std() / sd - 1) < 4 / np.sqrt(number), name
 
 
+@pytest.mark.slow
 def test_collapsed_nuts_finds_the_exact_posterior_of_the_hyper_parameters(tasks, exact):
     engine = LaplaceFilter(walking, Dense(), hypers={"scale": 1.0, "noise": 1.0})
     draws = nuts(marginalize(walking, engine), tasks, samples=400)
