@@ -56,6 +56,7 @@ PAGES = {
             "ssm_nn.models.omniglot",
             "ssm_nn.models.tiny_imagenet",
             "ssm_nn.models.ready_features",
+            "ssm_nn.models.text_embeddings",
         ),
     ),
     "inference": Page(
