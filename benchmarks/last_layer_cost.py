@@ -4,6 +4,7 @@
 
 K = 10, D = 257: float64 updates of 10 points after 1,000, float32 and float64 fits of 10,000 points, 10,000 probit predictions;
 K D = 29,568: an update of 10 points after 1,000 and the process's peak memory. Random features, labels of a random linear rule.
+Retraining 100 epochs on 1,010 examples: a small network whole, ResNet-18 on images of 32 x 32 x 3 reckoned from single steps.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from ssm_nn.inference.last_layer.full_covariance import Full
 from ssm_nn.inference.last_layer.head_likelihoods import Categorical
 from ssm_nn.inference.last_layer.heads import feature_head
 from ssm_nn.inference.last_layer.last_layer_filter import LastLayerFilter
+from ssm_nn.models.image_networks import resnet18
 from ssm_nn.models.networks import mlp
 
-RETRAINING_EPOCHS = 100  # of Adam over 1,010 examples of 784 pixels, 784-256-256-10, batches of 32
+RETRAINING_EPOCHS, RETRAINED = 100, 1_010  # of Adam, batches of 32; 784-256-256-10, and ResNet-18
+BATCH = 32
 
 
 def problem(num: int, classes: int, width: int) -> dict[str, np.ndarray]:
@@ -64,6 +67,8 @@ def update_rows(repeats: int) -> list[tuple[Any, ...]]:
     refit = seconds(lambda: engine.update(engine.init(), both)[0][1:3], min(repeats, 3))
     predict = seconds(lambda: engine.predict(state, data["x"]).probabilities, min(repeats, 3))
     retrain = seconds(lambda: retrained(), 1)
+    with jax.enable_x64(False):
+        deep = [RETRAINING_EPOCHS * (RETRAINED // BATCH) * step for step in seconds(resnet_step(), 3)]
     middle = statistics.median(update)
     return [
         ("update of 10 points after 1,000, float64", *spread(update), "0.15"),
@@ -78,6 +83,14 @@ def update_rows(repeats: int) -> list[tuple[Any, ...]]:
         ("10,000 probit predictions, float64", *spread(predict), "1"),
         (f"retraining, {RETRAINING_EPOCHS} epochs, float64", *spread(retrain), ""),
         ("retraining / update", retrain[0] / middle, retrain[0] / max(update), retrain[0] / min(update), "1000"),
+        (f"retraining ResNet-18, {RETRAINING_EPOCHS} epochs, float32, from 3 steps", *spread(deep), ""),
+        (
+            "retraining ResNet-18 / update",
+            statistics.median(deep) / middle,
+            min(deep) / max(update),
+            max(deep) / min(update),
+            "1000",
+        ),
     ]
 
 
@@ -109,12 +122,12 @@ def retrained() -> Any:
     """A network of three layers, trained from its start."""
     apply, params = mlp((784, 256, 256, 10), "relu")
     rng = np.random.default_rng(0)
-    x, y = jax.numpy.asarray(rng.normal(size=(1_010, 784))), jax.numpy.asarray(rng.integers(0, 10, 1_010))
+    x, y = jax.numpy.asarray(rng.normal(size=(RETRAINED, 784))), jax.numpy.asarray(rng.integers(0, 10, RETRAINED))
     optimizer = optax.adam(1e-3)
 
     @jax.jit
     def epoch(params, state, key):
-        order = jax.random.permutation(key, len(x))[: len(x) // 32 * 32].reshape(-1, 32)
+        order = jax.random.permutation(key, len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH)
 
         def step(carry, rows):
             params, state = carry
@@ -131,6 +144,25 @@ def retrained() -> Any:
     for number in range(RETRAINING_EPOCHS):
         params, state = epoch(params, state, jax.random.key(number))
     return params
+
+
+def resnet_step() -> Callable[[], Any]:
+    """One step of Adam on one batch of images."""
+    apply, params = resnet18((32, 32, 3), 10)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCH, 32, 32, 3)).astype("float32"), rng.integers(0, 10, BATCH)
+    optimizer = optax.adam(1e-3)
+
+    @jax.jit
+    def step(params, state):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
+
+        change, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, change), state
+
+    state = optimizer.init(params)
+    return lambda: step(params, state)
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
