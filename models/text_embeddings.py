@@ -5,6 +5,7 @@
 A second for 10,000 sentences. Larger models, which have to be fetched, make better features: any array (n, D) serves.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -46,9 +47,15 @@ def embed_texts(texts: Sequence[str]) -> Float[np.ndarray, "texts features"]:
 
 @cache
 def _model() -> Any:
+    log = logging.getLogger()
+    level, handlers = log.level, log.handlers[:]
     try:
         import wordllama
     except ImportError as error:
         raise ImportError("embed_texts needs the package wordllama: pip install 'ssm_nn[text]'") from error
+    finally:
+        # its import makes the root logger print what every package reports
+        log.setLevel(level)
+        log.handlers[:] = handlers
     # its own folder as the cache: weights and tokeniser lie there, and nothing is looked for elsewhere
     return wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)

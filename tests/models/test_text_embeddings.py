@@ -1,6 +1,8 @@
 """Sentence embeddings of a packaged model: near for like sentences, offline, and a pipeline with the last layer on them."""
 
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +36,14 @@ def test_sentences_do_not_depend_on_the_others():
 def test_what_is_no_sequence_of_strings_is_refused(texts, message):
     with pytest.raises(ValueError, match=message):
         embed_texts(texts)
+
+
+def test_the_import_leaves_logging_alone():
+    code = (
+        "import logging; from ssm_nn.models.text_embeddings import embed_texts; embed_texts(['one']); "
+        "log = logging.getLogger(); assert not log.handlers and log.level == logging.WARNING, (log.handlers, log.level)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_pipeline_learns_intents_from_sentences(data_folder):
