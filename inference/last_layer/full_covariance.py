@@ -251,4 +251,6 @@ def _gram_of_lower(lower: Array) -> Array:
     half = size // 2
     corner, last = lower[half:, :half], lower[half:, half:]
     beside = last.T @ corner
-    return jnp.block([[_gram_of_lower(lower[:half, :half]) + corner.T @ corner, beside.T], [beside, _gram_of_lower(last)]])
+    return jnp.block(
+        [[_gram_of_lower(lower[:half, :half]) + corner.T @ corner, beside.T], [beside, _gram_of_lower(last)]]
+    )

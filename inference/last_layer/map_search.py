@@ -237,7 +237,9 @@ def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array, decremen
     first = jnp.sum(slope * toward)
     far = jnp.sqrt(first) if decrement is None else decrement
     # the next decrement is then about the square of this one, quadratic convergence, but no less than the last one needs
-    accuracy = jnp.minimum(0.1, jnp.maximum(far, 0.1 * tolerance(slope.dtype) / jnp.maximum(far, tolerance(slope.dtype))))
+    accuracy = jnp.minimum(
+        0.1, jnp.maximum(far, 0.1 * tolerance(slope.dtype) / jnp.maximum(far, tolerance(slope.dtype)))
+    )
     wanted = jnp.square(accuracy) * first
 
     def unsolved(carry):
