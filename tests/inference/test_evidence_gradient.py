@@ -60,7 +60,7 @@ ORDERS = [[1, 2, 0], [2, 1, 0], [0, 2, 1], [1, 0, 2], [2, 0, 1]]
 
 
 @x64
-@pytest.mark.parametrize("structure", ["dense", "full rank"])
+@pytest.mark.parametrize("structure", ["dense", pytest.param("full rank", marks=pytest.mark.slow)])
 def test_gradient_equals_that_of_the_exact_evidence(structure):
     tasks = tasks_of(0, num_tasks=5, size=4, orders=ORDERS, gaps=[1.0, 0.5, 1.5, 2.0, 1.0], missing=(0, 2))
     hypers = hypers_of((0.4, 0.05), (0.8, -0.5))

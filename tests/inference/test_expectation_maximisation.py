@@ -28,7 +28,9 @@ from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
 
 STRUCTURES = {"dense": Dense(), "full rank": LowRank(P)}
-exact = pytest.mark.parametrize("structure", STRUCTURES)
+exact = pytest.mark.parametrize(
+    "structure", [pytest.param(name, marks=[pytest.mark.slow] if name != "dense" else []) for name in STRUCTURES]
+)
 x64 = pytest.mark.usefixtures("x64")
 ORDERS = [[1, 2, 0], [2, 1, 0], [0, 2, 1], [1, 0, 2], [2, 0, 1]]
 

@@ -77,6 +77,7 @@ def test_the_diagonal_is_unbiased(space, dense):
     np.testing.assert_allclose(information.site.diagonal.mean(axis=0), np.diag(dense), rtol=0.09)
 
 
+@pytest.mark.slow
 def test_factor_and_diagonal_together_keep_the_whole_diagonal(space, dense):
     made = matrices(gathered(space, LowRank(8), SketchedCurvature(column_batch=2), seeds=32)).mean(axis=0)
     np.testing.assert_allclose(np.trace(made), np.trace(dense), rtol=0.03)
@@ -92,6 +93,7 @@ def test_one_example_a_column_finds_the_leading_directions(space, dense):
         np.testing.assert_allclose(along, values[-3:], rtol=0.4)
 
 
+@pytest.mark.slow
 def test_evidence_is_near_the_exact_one_and_the_error_shrinks_with_columns(space, dense):
     exact = np.linalg.slogdet(np.eye(len(dense)) + dense)[1]
     few = np.asarray(gathered(space, LowRank(20), SketchedCurvature(column_batch=3)).logdet_gain)

@@ -21,7 +21,9 @@ from ssm_nn.models.programs import classification
 from ssm_nn.models.streams import rotated
 
 STRUCTURES = {"dense": Dense(), "full rank": LowRank(P)}
-exact = pytest.mark.parametrize("structure", STRUCTURES)
+exact = pytest.mark.parametrize(
+    "structure", [pytest.param(name, marks=[pytest.mark.slow] if name != "dense" else []) for name in STRUCTURES]
+)
 x64 = pytest.mark.usefixtures("x64")
 STILL, FIRST, SECOND = (1e-4, 1e-4), (20.0, 1e-4), (1e-4, 20.0)
 KERNELS = (STILL, FIRST, SECOND)

@@ -52,6 +52,7 @@ def test_joint_training_fits_all_tasks_so_far(rng):
         np.testing.assert_allclose(belief.mean, ridge(x, y), atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_joint_training_ends_where_a_static_filter_does(rng):
     stream = tasks(rng)

@@ -176,6 +176,7 @@ def test_a_warm_start_refuses_another_program_and_weights_without_noise(exact):
         warm_start(regression, still.smooth(still.run(0, TASKS)))
 
 
+@pytest.mark.slow
 def test_a_network_has_larger_khat_than_its_linear_kin():
     tasks = labelled(0)
     engine = LaplaceFilter(logistic, Dense())

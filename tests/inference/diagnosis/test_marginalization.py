@@ -115,6 +115,7 @@ def test_collapsed_nuts_finds_the_exact_posterior_of_the_hyper_parameters(tasks,
     assert float(draws["log_evidence"][0]) == pytest.approx(engine.with_hypers(at).run(0, tasks).log_evidence, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_full_nuts_finds_the_same(tasks, exact):
     moved = numpyro.handlers.reparam(walking, config={"net.weight": ssm_nn.InnovationReparam()})
     assert_agree(nuts(moved, tasks, samples=1500), exact)

@@ -74,6 +74,7 @@ def test_loo_by_task_is_the_exact_one(exact):
         assert found.elpd == pytest.approx(float(az.loo(found.tree).elpd), abs=0.05)
 
 
+@pytest.mark.slow
 def test_masked_examples_and_fixed_sites_do_not_count(exact):
     short = [{name: value[: N - 3 * (t == 1)] for name, value in task.items()} for t, task in enumerate(TASKS)]
     tree = smoothed(tasks=short, scale=SCALE).to_datatree(num_samples=200, tasks=short)

@@ -169,6 +169,7 @@ def equal(one, other):
         )
 
 
+@pytest.mark.slow
 def test_a_run_is_its_updates(engine):
     """By arrays, by an iterator of batches, and one by one; the last batch is shorter."""
     batches = Batches(examples(), 4, seed=3)
