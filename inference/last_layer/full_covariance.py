@@ -16,11 +16,10 @@ import jax.numpy as jnp
 
 from ssm_nn.inference.last_layer.head_likelihoods import HeadLikelihood
 
-__all__ = ["Full", "FullCovariance", "FullPrecision", "information_matrix"]
+__all__ = ["Full", "FullCovariance", "FullPrecision", "information_matrix", "inverse_of"]
 
 Array = Any
 
-_PART = 1024  # points whose features stay in the cache; sizes beyond it are its multiples
 _LEAF = 512  # below it LAPACK is faster than its halves
 
 
@@ -123,7 +122,7 @@ class FullCovariance:
 
     def information(self) -> FullPrecision:
         """The inverse, by Cholesky's factor."""
-        inverse, log_determinant = _inverse(self.matrix)
+        inverse, log_determinant = inverse_of(self.matrix)
         return FullPrecision(inverse, log_determinant, self.num_outputs)
 
     def log_determinant(self) -> Array:
@@ -182,7 +181,7 @@ class FullPrecision:
         self, phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array
     ) -> tuple[FullCovariance, Array]:
         """``(S^-1 + H)^-1`` and its log determinant."""
-        inverse, log_determinant = _inverse(self.matrix + information_matrix(phi, likelihood, f, y, weight))
+        inverse, log_determinant = inverse_of(self.matrix + information_matrix(phi, likelihood, f, y, weight))
         return FullCovariance(inverse, self.num_outputs), -log_determinant
 
 
@@ -203,22 +202,14 @@ def identity_plus_root(core: Array) -> Array:
 
 def information_matrix(phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array) -> Array:
     """``H = sum_n w_n Lambda_n (x) phi_n phi_n^T`` (K D, K D), one product for each pair of outputs."""
-    size, (num, width) = f.shape[1], phi.shape
+    size, width = f.shape[1], phi.shape[1]
     first, second = jnp.triu_indices(size)
-    # by parts, so that the weighted features stay in the cache
-    part = _PART if num % _PART == 0 else num
-    parts = phi.reshape(-1, part, width)
 
     def of_pair(pair):
         own, other = pair
         unit = jnp.zeros_like(f).at[:, other].set(1.0)
         scale = jnp.where(weight > 0, weight * likelihood.weigh(f, y, unit)[:, own], 0.0)
-
-        def add(total, some):
-            rows, scales = some
-            return total + (rows * scales[:, None]).T @ rows, None
-
-        return jax.lax.scan(add, jnp.zeros((width, width), phi.dtype), (parts, scale.reshape(-1, part)))[0]
+        return (phi * scale[:, None]).T @ phi
 
     blocks = jax.lax.map(of_pair, (first, second))
     whole = jnp.zeros((size, size, width, width), phi.dtype)
@@ -226,8 +217,8 @@ def information_matrix(phi: Array, likelihood: HeadLikelihood, f: Array, y: Any,
     return whole.transpose(0, 2, 1, 3).reshape(size * width, size * width)
 
 
-def _inverse(matrix: Array) -> tuple[Array, Array]:
-    """Of a positive definite matrix, symmetric; and the log determinant of the matrix itself."""
+def inverse_of(matrix: Array) -> tuple[Array, Array]:
+    """Of a positive definite matrix (N, N), symmetric; and the log determinant of the matrix itself."""
     root = jnp.linalg.cholesky(matrix)
     return _gram_of_lower(_inverse_of_lower(root)), 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.inference.last_layer.full_covariance import identity_plus_root
+from ssm_nn.inference.last_layer.full_covariance import identity_plus_root, inverse_of
 from ssm_nn.inference.last_layer.head_likelihoods import HeadLikelihood
 
 __all__ = ["Shared", "SharedCovariance", "isotropic_weight"]
@@ -81,7 +81,7 @@ class SharedCovariance:
         rows = phi * jnp.sqrt(c)[:, None]
         precision = self.precision + sign * rows.T @ rows
         if 4 * phi.shape[0] > phi.shape[1]:
-            return replace(self, covariance=_inverse(precision), precision=precision)
+            return replace(self, covariance=inverse_of(precision)[0], precision=precision)
         wide = rows @ self.covariance
         between = wide @ rows.T
         root = (
@@ -138,7 +138,7 @@ class SharedCovariance:
     def step(self, gain: Array, noise: Array) -> SharedCovariance:
         """``A Sigma A + Q``."""
         covariance = gain[:, None] * self.covariance * gain + jnp.diag(noise)
-        return replace(self, covariance=covariance, precision=_inverse(covariance))
+        return replace(self, covariance=covariance, precision=inverse_of(covariance)[0])
 
     def grown(self, num_new: int) -> SharedCovariance:
         """New outputs share what the old ones have: their uncertainty is underrated until a sweep."""
@@ -149,9 +149,3 @@ class SharedCovariance:
         root = jnp.linalg.cholesky(self.covariance)
         noise = jax.random.normal(key, (num_samples, self.num_outputs, root.shape[0]), root.dtype)
         return noise @ root.T
-
-
-def _inverse(matrix: Array) -> Array:
-    root = jnp.linalg.cholesky(matrix)
-    half = jax.scipy.linalg.solve_triangular(root, jnp.eye(matrix.shape[0], dtype=matrix.dtype), lower=True)
-    return half.T @ half
