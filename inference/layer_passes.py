@@ -17,11 +17,11 @@ import numpy as np
 from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import index_batches, rows, single
 from ssm_nn.inference.curvature import factor_columns
-from ssm_nn.layers import Layer, find_layers, run_layers
+from ssm_nn.layers import Layer, find_layers, read_data_alone, run_layers
 from ssm_nn.precision_kronecker import EigenBlock
 from ssm_nn.tasks import Task
 
-__all__ = ["LayerPasses", "layers_of"]
+__all__ = ["LayerPasses", "layers_of", "reads_data_alone"]
 
 Array = Any
 
@@ -31,10 +31,19 @@ _CHUNK_NUMBERS, _CHUNK_EXAMPLES = 2**24, 1024
 
 def layers_of(space: StateSpace, task: Task, arrays: Any) -> tuple[Layer, ...]:
     """The layers of a program's networks, in the order in which they are met."""
+    return find_layers(_outputs_of_one(space, task), arrays)
+
+
+def reads_data_alone(space: StateSpace, task: Task, arrays: Any) -> tuple[bool, ...]:
+    """Whether what enters each layer depends on no weight."""
+    return read_data_alone(_outputs_of_one(space, task), arrays)
+
+
+def _outputs_of_one(space: StateSpace, task: Task) -> Callable[[Any], Array]:
     # shapes alone are read: a task may have no example yet
     blank = jax.tree.map(lambda a: jnp.zeros(jnp.shape(a)[1:], jnp.result_type(a)), task.data)
     first = single(task, blank, jnp.asarray(True))
-    return find_layers(lambda arrays: space.outputs_at(arrays, first), arrays)
+    return lambda arrays: space.outputs_at(arrays, first)
 
 
 class LayerPasses:

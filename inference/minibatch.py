@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssm_nn.extraction import Layout, extract
+from ssm_nn.extraction import StateSpace, extract
 from ssm_nn.inference.batches import index_batches, rows
 from ssm_nn.inference.checks import check_count
+from ssm_nn.inference.layer_coordinates import LayerCoordinates, turned_layers
 from ssm_nn.inference.map_problem import CONVERGED, FIXED_BUDGET, NOT_CONVERGED, NOT_FINITE, MapProblem, MapResult
 from ssm_nn.inference.search_coordinates import ByLeaf, Round, SearchCoordinates
+from ssm_nn.precision_kronecker import KroneckerEigen
 
 __all__ = ["Minibatch"]
 
@@ -54,16 +56,16 @@ class Minibatch:
 
     def bind(self, program: Any) -> Callable[[MapProblem, Array, Array], MapResult]:
         """The minimiser for ``program``; one epoch is one compiled call."""
-        epoch = partial(jax.jit, donate_argnums=(1, 2))(partial(self._epoch, program))
+        epoch = partial(jax.jit, donate_argnums=(2, 3))(partial(self._epoch, program))
         begin = jax.jit(partial(self._begin, program))
         end = jax.jit(partial(self._end, program))
 
         def run(problem: MapProblem, start: Array, key: Array) -> MapResult:
-            position, state = begin(problem, start)
+            inputs, position, state = begin(problem, start)
             best, since, mean = float("inf"), 0, float("inf")
             steps = -(-problem.task.num_examples // self.batch_size)
             for done in range(1, self.epochs + 1):
-                position, state, mean_array = epoch(problem, position, state, jax.random.fold_in(key, done))
+                position, state, mean_array = epoch(problem, inputs, position, state, jax.random.fold_in(key, done))
                 mean = float(mean_array)
                 if not mean < float("inf"):  # nan or infinite
                     return MapResult(end(problem, position), done * steps, NOT_FINITE, mean)
@@ -76,25 +78,33 @@ class Minibatch:
 
         return run
 
-    def _coordinates(self, layout: Layout, problem: MapProblem) -> SearchCoordinates:
+    def _coordinates(self, space: StateSpace, problem: MapProblem) -> SearchCoordinates:
         share = 1 / jnp.maximum(jnp.sum(problem.task.mask), 1).astype(problem.mean.dtype)
-        return (Round if self.prior_every == 1 else ByLeaf)(layout, problem.mean, problem.precision, share)
+        searched = space.layout, problem.mean, problem.precision, share
+        if self.prior_every > 1:
+            return ByLeaf(*searched)
+        if not isinstance(problem.precision, KroneckerEigen):
+            return Round(*searched)
+        steps = self.epochs * -(-problem.task.num_examples // self.batch_size)
+        turned = turned_layers(space, problem.precision, problem.task, steps, self.batch_size)
+        return LayerCoordinates(*searched, turned)
 
-    def _begin(self, program: Any, problem: MapProblem, start: Array) -> tuple[Any, Any]:
-        """The first position, and the optimiser's state."""
-        layout = extract(program, problem.task, problem.hypers).layout
-        position = self._coordinates(layout, problem).enter(start)
-        return position, self.optimizer.init(position)
+    def _begin(self, program: Any, problem: MapProblem, start: Array) -> tuple[Any, Any, Any]:
+        """What is made once a task, the first position, and the optimiser's state."""
+        space = extract(program, problem.task, problem.hypers)
+        coordinates = self._coordinates(space, problem)
+        position = coordinates.enter(start)
+        return coordinates.inputs(space, problem.task), position, self.optimizer.init(position)
 
     def _end(self, program: Any, problem: MapProblem, position: Any) -> Array:
-        layout = extract(program, problem.task, problem.hypers).layout
-        return self._coordinates(layout, problem).leave(position)
+        space = extract(program, problem.task, problem.hypers)
+        return self._coordinates(space, problem).leave(position)
 
     def _epoch(
-        self, program: Any, problem: MapProblem, position: Any, state: Any, key: Array
+        self, program: Any, problem: MapProblem, inputs: Any, position: Any, state: Any, key: Array
     ) -> tuple[Any, Any, Array]:
         space = extract(program, problem.task, problem.hypers)
-        coordinates = self._coordinates(space.layout, problem)
+        coordinates = self._coordinates(space, problem)
         total = problem.task.num_examples
         order = index_batches(jax.random.permutation(key, total), self.batch_size, total)
         counted = jnp.sum(problem.task.mask)
@@ -105,10 +115,11 @@ class Minibatch:
             def step(carry, indices):
                 position, state = carry
                 batch = rows(problem.task, indices)
+                beside = jax.tree.map(lambda array: jnp.take(array, indices, axis=0, mode="clip"), inputs)
                 scale = problem.power / jnp.maximum(jnp.sum(batch.mask), 1)
 
                 def misfit(position):
-                    return -scale * space.log_likelihood_at(coordinates.weights(position), batch)
+                    return -scale * coordinates.log_likelihood(space, position, batch, beside)
 
                 value, gradient = jax.value_and_grad(misfit)(position)
                 gradient = jax.tree.map(jnp.add, gradient, prior_gradient(position))

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from ssm_nn.extraction import Layout
+from ssm_nn.extraction import Layout, StateSpace
+from ssm_nn.tasks import Task
 
 __all__ = ["ByLeaf", "Round", "SearchCoordinates"]
 
@@ -34,8 +35,12 @@ class SearchCoordinates(Protocol):
         """Back to d (P,)."""
         ...
 
-    def weights(self, position: Any) -> Any:
-        """The weights m' + d by leaf."""
+    def inputs(self, space: StateSpace, task: Task) -> Any:
+        """What the likelihood reads beside the data: a pytree with the examples on the leading axis, made once a task."""
+        ...
+
+    def log_likelihood(self, space: StateSpace, position: Any, batch: Task, inputs: Any) -> Array:
+        """Of a batch, with the rows of ``inputs`` that belong to it."""
         ...
 
     def prior(self, origin: Any) -> tuple[Array, Callable[[Any], Any]]:
@@ -47,7 +52,23 @@ class SearchCoordinates(Protocol):
         ...
 
 
-class Round:
+class OfWeights:
+    """Coordinates whose likelihood reads the weights by leaf, and nothing beside the data."""
+
+    def weights(self, position: Any) -> Any:
+        """The weights m' + d by leaf."""
+        raise NotImplementedError
+
+    def inputs(self, space: StateSpace, task: Task) -> tuple[()]:
+        del space, task
+        return ()
+
+    def log_likelihood(self, space: StateSpace, position: Any, batch: Task, inputs: tuple[()]) -> Array:
+        del inputs
+        return space.log_likelihood_at(self.weights(position), batch)
+
+
+class Round(OfWeights):
     """By the root of the precision; the prior counts ``share``."""
 
     def __init__(self, layout: Layout, mean: Array, precision: Any, share: Array):
@@ -71,7 +92,7 @@ class Round:
         return change
 
 
-class ByLeaf:
+class ByLeaf(OfWeights):
     """Without packing the weights in each step, nor adding the mean; the prior counts ``share``."""
 
     def __init__(self, layout: Layout, mean: Array, precision: Any, share: Array):

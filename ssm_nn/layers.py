@@ -24,12 +24,23 @@ from jax.extend.core import (
     Literal,
 )
 
-__all__ = ["Layer", "Traced", "View", "bound", "find_layers", "moved_view", "run_layers"]
+__all__ = [
+    "Layer",
+    "Traced",
+    "View",
+    "bound",
+    "find_layers",
+    "moved_view",
+    "read_data_alone",
+    "run_layers",
+    "run_with_products",
+]
 
 Array = Any
 Arrays = Mapping[str, Mapping[str, Any]]
 Name = tuple[str, str]  # network, path
 Perturbations = Sequence[Array] | Callable[[int, Array], Array | None]
+Products = Mapping[Name, Array]
 
 
 class Layer(NamedTuple):
@@ -75,9 +86,10 @@ class _Output(NamedTuple):
 
 @dataclass
 class _Tracer:
-    """What a walk through the network finds, and the perturbations that it adds to the layers' outputs."""
+    """What a walk through the network finds, the perturbations that it adds to the layers' outputs, and products given."""
 
     perturbations: Perturbations | None
+    products: Products = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     inputs: list[Array] = field(default_factory=list)
     uses: dict[Name, list[str]] = field(default_factory=dict)
@@ -125,6 +137,34 @@ def run_layers(
     """
     traced = _walk_all(outputs, arrays, _Tracer(perturbations))
     return traced.outputs, traced.inputs
+
+
+def run_with_products(outputs: Callable[[Arrays], Array], arrays: Arrays, products: Products) -> Array:
+    """Outputs where some dense layers' products are given instead of made: kernel -> (positions, O).
+
+    A kernel's leaf is then read for its shape alone; its bias is added as ever.
+
+    Raises:
+        ValueError: for a kernel that meets the data in no single matrix product.
+    """
+    tracer = _Tracer(None, products)
+    traced = _walk_all(outputs, arrays, tracer)
+    for name in products:
+        if tracer.uses.get(name) != ["dot_general"]:
+            raise ValueError(
+                f"the weights {'.'.join(name)} meet the data in {tracer.uses.get(name)}; one product is accepted"
+            )
+    return traced.outputs
+
+
+def read_data_alone(outputs: Callable[[Arrays], Array], arrays: Arrays) -> tuple[bool, ...]:
+    """Whether what enters each layer depends on no weight: true of the first layer of most networks."""
+    closed = jax.make_jaxpr(lambda arrays: run_layers(outputs, arrays, lambda number, rows: None)[1])(arrays)
+    reached = set(closed.jaxpr.invars)
+    for equation in closed.jaxpr.eqns:
+        if any(not isinstance(atom, Literal) and atom in reached for atom in equation.invars):
+            reached.update(equation.outvars)
+    return tuple(isinstance(atom, Literal) or atom not in reached for atom in closed.jaxpr.outvars)
 
 
 def _walk_all(outputs: Callable[[Arrays], Array], arrays: Arrays, tracer: _Tracer) -> Traced:
@@ -266,10 +306,9 @@ def _product(equation: Any, values: list[Array], views: list[Any], tracer: _Trac
     weight_axes, data_axes = contract[side], contract[1 - side]
     free = [i for i in range(len(view.axes)) if i not in weight_axes]
     tracer.use(view, "dot_general")
-    result = bound(equation, values)[0]
     if batch[0] or len(free) != 1 or -1 in view.axes:
         tracer.use(view, "batched product")  # a second use: no layer of ours
-        return [(result, None)]
+        return [(bound(equation, values)[0], None)]
     rows = jnp.moveaxis(data, data_axes, range(-len(data_axes), 0))
     num_inputs = int(np.prod([data.shape[i] for i in data_axes], dtype=int))
     rows = rows.reshape(-1, num_inputs)
@@ -283,7 +322,13 @@ def _product(equation: Any, values: list[Array], views: list[Any], tracer: _Trac
         values[side].shape[free[0]],
     )
     # the outputs' axis stands last where the weights are the right operand, first where they are the left
-    place = result.ndim - 1 if side == 1 else 0
+    shape = equation.outvars[0].aval.shape
+    place = len(shape) - 1 if side == 1 else 0
+    given = tracer.products.get(view.name) if len(tracer.uses[view.name]) == 1 else None
+    if given is None:
+        result = bound(equation, values)[0]
+    else:
+        result = jnp.moveaxis(given.reshape(*np.delete(shape, place), layer.num_outputs), -1, place)
     return [_perturbed(result, place, layer, rows, tracer)]
 
 
