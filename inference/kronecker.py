@@ -154,9 +154,9 @@ class KroneckerCurvature:
     an example with random signs, whose second moment is the same.
 
     Laplace's curvature is that of the mode, where a network that fits its task is surest, and smallest. With ``spread`` s > 0
-    it is averaged over weights drawn from N(theta, s^2 Lambda^-1), one draw a chunk of examples, Lambda the belief with the
-    mode's curvature from a part of the examples: s trades the task just learnt for those before it. Weights outside the
-    layers keep the mode's.
+    it is averaged over weights drawn from N(theta, s^2 Lambda^-1), one draw a chunk of examples, Lambda the prediction with
+    the diagonal, in its basis, of the mode's curvature from a part of the examples: s trades the task just learnt for those
+    before it. Weights outside the layers stay where they are, and keep the mode's curvature.
 
     The belief keeps the information ``strength`` times. Above 1, many tasks are forgotten more slowly, and new ones learnt
     less well; the weights of a task's own search, and its evidence, are those of strength 1. It is what ``strength`` is to
@@ -186,7 +186,7 @@ class KroneckerCurvature:
         subset_key, sign_key, rest_key, rough_key = jax.random.split(key, 4)
         chosen, counted = some_examples(subset_key, task, self.examples)
         scale = power * jnp.sum(task.mask) / counted
-        draw = self._draws(space, structure, theta, task, predicted, power, rough_key) if self.spread else None
+        draw = self._draws(space, theta, task, predicted, power, rough_key) if self.spread else None
         passes = LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)
         sides = passes.sides()
         blocks = []
@@ -213,12 +213,23 @@ class KroneckerCurvature:
         return replace(site, blocks=blocks, rest=_scaled(site.rest, self.strength))
 
     def _draws(
-        self, space: StateSpace, structure: Any, theta: Array, task: Task, predicted: Any, power: Array, key: Array
+        self, space: StateSpace, theta: Array, task: Task, predicted: Any, power: Array, key: Array
     ) -> Callable[[Array], Array]:
-        """Weights around theta, from a belief with the mode's curvature."""
-        part = replace(self, spread=0.0, examples=min(self.examples, _ROUGH_EXAMPLES))
-        belief = predicted.absorb(part.gather(space, structure, theta, task, predicted, power, key).site)
-        return lambda key: theta + self.spread * belief.sample(key)
+        """Weights around theta. The predicted basis serves: another would cost the larger part of a pass."""
+        subset_key, sign_key = jax.random.split(key)
+        chosen, counted = some_examples(subset_key, task, min(self.examples, _ROUGH_EXAMPLES))
+        scale = power * jnp.sum(task.mask) / counted
+        squares = LayerPasses(space, theta, task, chosen, sign_key, self.examples).squares(list(predicted.blocks))
+        deviations = [1 / jnp.sqrt(b.values + scale * s) for b, s in zip(predicted.blocks, squares, strict=True)]
+        still = jnp.zeros_like(predicted.rest.diagonal)
+
+        def draw(key: Array) -> Array:
+            keys = jax.random.split(key, len(deviations))
+            noise = [d * jax.random.normal(k, d.shape, d.dtype) for k, d in zip(keys, deviations, strict=True)]
+            drawn = [block.back(turned) for block, turned in zip(predicted.blocks, noise, strict=True)]
+            return theta + self.spread * predicted.places.join(drawn, still)
+
+        return draw
 
     def log_likelihood_and_gradient(self, space: StateSpace, theta: Array, task: Task) -> tuple[Array, Array]:
         """Log likelihood of the whole task; its gradient from the first ``examples`` examples, scaled up."""

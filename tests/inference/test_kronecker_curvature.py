@@ -157,13 +157,30 @@ def test_a_spread_of_almost_nothing_is_the_mode():
     assert_close(one, two, 1e-6)
 
 
+def turned(precision):
+    """In bases of its own."""
+    rng = np.random.default_rng(4)
+
+    def basis(matrix):
+        return jnp.asarray(np.linalg.qr(rng.normal(size=matrix.shape))[0])
+
+    blocks = [b._replace(inputs=basis(b.inputs), outputs=basis(b.outputs)) for b in precision.blocks]
+    return replace(precision, blocks=tuple(blocks))
+
+
 def test_a_spread_averages_the_curvature_over_draws_from_the_belief():
     """Traces of the blocks against dense curvatures at draws made here; five standard errors of the difference."""
     case, number, spread = case_of("dense"), 500, 1.5
-    site = jax.tree.map(lambda a: a[0], case.kronecker(1000, keys(1)).site)
-    covariance = np.linalg.inv(case.predicted.absorb(site).to_dense())
-    normal = np.random.default_rng(3).normal(size=(number, len(case.theta)))
-    draws = case.theta + spread * normal @ np.linalg.cholesky(covariance).T
+    predicted, rng = turned(case.predicted), np.random.default_rng(3)
+    draws = np.tile(np.asarray(case.theta), (number, 1))
+    places = np.arange(draws.shape[1])
+    for block, layer, here in zip(
+        predicted.blocks, case.structure.places.layers, case.blocks(case.dense()[0]), strict=True
+    ):
+        wide = np.kron(block.inputs, block.outputs)
+        precision = np.ravel(block.values) + np.diag(wide.T @ here @ wide)  # in the predicted basis
+        entries = np.asarray(layer.matrix(places)).ravel()
+        draws[:, entries] += spread * (rng.normal(size=(number, len(precision))) / np.sqrt(precision)) @ wide.T
 
     @jax.jit
     def dense_at(theta):
@@ -176,7 +193,7 @@ def test_a_spread_averages_the_curvature_over_draws_from_the_belief():
         return [np.trace(block) for block in case.blocks(np.asarray(matrix))]
 
     expected = np.array([traces(matrix) for matrix in jax.lax.map(dense_at, draws)])
-    spread_out = case.kronecker(1000, keys(number), spread=spread).site
+    spread_out = case.gather(1000, spread)(predicted, case.theta, 1.0, keys(number)).site
     found = np.stack([np.asarray(jnp.sum(block.values, axis=(1, 2))) for block in spread_out.blocks], axis=1)
     error = np.sqrt((found.var(axis=0) + expected.var(axis=0)) / number)
     assert np.all(np.abs(found.mean(axis=0) - expected.mean(axis=0)) <= 5 * error)
