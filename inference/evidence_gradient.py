@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +130,7 @@ class EvidenceMaximum:
     Attributes:
         hypers: all hyper-parameters of the engine, the learnt ones at the best step.
         log_evidence: there, in nats.
-        history: every step, in order.
+        history: every step, in order, with the values that moved in it.
         slope: largest derivative of the last step, in nats for a unit of the unconstrained space.
         converged: whether it fell below the tolerance.
         unconverged_tasks: at the last step, the tasks whose MAP search did not converge, or ended at a saddle.
@@ -159,7 +159,9 @@ def maximise_evidence(
 
     The search runs in the unconstrained space of each site's support (``numpyro.distributions.biject_to``): near 0 of a
     noise that is its logarithm. No prior of a hyper-parameter takes part. Evidences of networks are rough, each run of the
-    filter ending in modes of its own: several starts find higher maxima than one.
+    filter ending in modes of its own: several starts find higher maxima than one. A 0 on the edge of a support, the noise of
+    weights that stand still, lies infinitely far away in the unconstrained space: it is tried at the end, and where it is
+    better, kept while the others ascend again.
 
     Args:
         engine: the filter.
@@ -202,8 +204,20 @@ def maximise_evidence(
                 )
         begin.append(free)
     rule, gradient_of = optax.adam(0.3) if optimizer is None else optimizer, EvidenceGradient(engine)
-    ends = [_ascend(gradient_of, listed, free, maps, rule, steps, tolerance, key) for free in begin]
-    found = max(ends, key=lambda end: end.log_evidence)
+
+    def ascend(hypers: Mapping[str, Array], free: Mapping[str, Array]) -> EvidenceMaximum:
+        return _ascend(gradient_of, hypers, listed, free, maps, rule, steps, tolerance, key)
+
+    found = max((ascend(engine.hypers, free) for free in begin), key=lambda end: end.log_evidence)
+    moving = list(learn)
+    for name in learn:
+        if bool(constraints[name](0.0)) and not bool(jnp.isfinite(maps[name].inv(jnp.zeros(())))):
+            still = found.hypers | {name: jnp.zeros_like(found.hypers[name])}
+            reached = engine.with_hypers(still).run(key, listed).log_evidence
+            if reached > found.log_evidence:
+                moving.remove(name)
+                again = ascend(still, {other: maps[other].inv(still[other]) for other in moving})
+                found = replace(again, history=found.history + again.history)
     if not found.converged:
         warnings.warn(
             f"the evidence still has a slope of {found.slope:.3g} nats after {len(found.history)} steps: allow more, or a "
@@ -223,6 +237,7 @@ def maximise_evidence(
 
 def _ascend(
     gradient_of: EvidenceGradient,
+    others: Mapping[str, Array],
     tasks: list[Task],
     free: Any,  # name -> value
     maps: Mapping[str, Any],
@@ -231,16 +246,16 @@ def _ascend(
     tolerance: float,
     key: Array | int,
 ) -> EvidenceMaximum:
-    """Steps up the evidence from ``free``, values in the unconstrained space."""
-    engine, state = gradient_of.engine, rule.init(free)
+    """Steps up the evidence from ``free``, values in the unconstrained space; all else stays as in ``others``."""
+    state = rule.init(free)
     history, best, slope, found = [], None, float("inf"), None
     for _ in range(steps):
         constrained, pull = jax.vjp(lambda z: {name: maps[name](z[name]) for name in z}, free)
-        hypers = engine.hypers | {name: v.astype(engine.hypers[name].dtype) for name, v in constrained.items()}
+        hypers = dict(others) | {name: v.astype(others[name].dtype) for name, v in constrained.items()}
         found = gradient_of(hypers, tasks, key=key)
         history.append(Iterate({name: float(hypers[name]) for name in free}, found.log_evidence))
         (uphill,) = pull({name: found.gradient[name].astype(v.dtype) for name, v in constrained.items()})
-        slope = max(abs(float(part)) for part in uphill.values())
+        slope = max((abs(float(part)) for part in uphill.values()), default=0.0)
         if not np.isfinite(found.log_evidence) or not np.isfinite(slope):
             break
         if best is None or found.log_evidence > best[1]:

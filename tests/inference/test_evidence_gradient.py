@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from scipy.optimize import minimize_scalar
 from walking_regression import GAINS, NOISES, P, evidence, program, tasks_of
 
 from ssm_nn import Moments, Task, stack_tasks, weights
@@ -201,6 +202,23 @@ def test_several_starts_end_at_the_highest_of_their_ends():
     alone = [end(value) for value in values]
     assert alone[0] != alone[1]
     assert end(values[0], {"noise.first": values[1]}) == max(alone)
+
+
+@pytest.mark.slow
+@x64
+def test_a_noise_that_is_best_at_zero_ends_there_and_the_other_at_its_own_maximum():
+    tasks = tasks_of(4, noise=(0.0, 0.3), num_tasks=8)
+
+    def missing_evidence(noise):
+        return -evidence(tasks, [0.0, float(noise)])
+
+    expected = minimize_scalar(missing_evidence, bounds=(1e-3, 3.0), method="bounded", options={"xatol": 1e-6})
+    assert evidence(tasks, [1e-4, expected.x]) < -expected.fun, "the exact evidence falls with the first noise"
+    rule = optax.adam(optax.exponential_decay(0.3, 15, 0.6))
+    found = maximise_evidence(engine("dense"), tasks, list(NOISES), optimizer=rule, steps=60, tolerance=2e-2)
+    assert float(found.hypers["noise.first"]) == 0.0
+    assert float(found.hypers["noise.second"]) == pytest.approx(expected.x, rel=2e-2)
+    assert found.log_evidence == pytest.approx(-expected.fun, abs=1e-3)
 
 
 @pytest.mark.slow
