@@ -167,11 +167,13 @@ def network_head(
     if not 0 < prior_precision < float("inf"):
         raise ValueError(f"prior_precision is {prior_precision}; a finite number > 0 is accepted")
     made = as_network(network)
-    found = find_head(lambda arrays, x: made.bind(arrays["net"])(x), {"net": made.initial}, example, layer)
+    arrays = {"net": made.initial}
+    found = find_head(lambda arrays, x: made.bind(arrays["net"])(x), arrays, example, layer)
     if found.num_outputs != likelihood.num_outputs:
         raise ValueError(f"the network has {found.num_outputs} outputs, the likelihood {likelihood.num_outputs}")
     scale = np.full(found.num_features, prior_precision**-0.5)
-    return _made(likelihood, lambda batch: found.features(_array(batch, "x")), found.num_features, scale, transition)
+    features = lambda batch: found.features(arrays, _array(batch, "x"))  # noqa: E731
+    return _made(likelihood, features, found.num_features, scale, transition)
 
 
 def _made(
@@ -217,10 +219,10 @@ def one_row(name: str, rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class FoundHead:
-    """A network's last layer: where its weights lie, and the features (n, D) that it sees, the bias counted."""
+    """A network's last layer: where its weights lie, and what it sees under ``arrays``: features (n, D), the bias counted."""
 
     layer: Layer
-    features: Callable[[Any], Array]
+    features: Callable[[Mapping[str, Mapping[str, Any]], Any], Array]
     num_features: int
     num_outputs: int
 
@@ -264,7 +266,7 @@ def find_head(
         raise ValueError(f"the outputs of the layer {label!r} are not those of the network; name its last layer")
 
     @jax.jit
-    def features(x: Any) -> Array:
+    def features(arrays: Mapping[str, Mapping[str, Any]], x: Any) -> Array:
         def one(row):
             single = jax.tree.map(lambda a: a[None], row)
             _, inputs = run_layers(lambda arrays: outputs(arrays, single), arrays, perturbations(0 * change))
@@ -274,7 +276,7 @@ def find_head(
         return phi if layer.bias is None else jnp.concatenate([phi, jnp.ones((len(phi), 1), phi.dtype)], axis=1)
 
     found = FoundHead(layer, features, layer.num_inputs + (layer.bias is not None), layer.num_outputs)
-    linear = features(first)[0] @ found.matrix(arrays).T
+    linear = features(arrays, first)[0] @ found.matrix(arrays).T
     if not jnp.allclose(linear, before, rtol=0, atol=1e-4 * scale):
         raise ValueError(f"the outputs of the network are not a linear function of what the layer {label!r} sees")
     return found
