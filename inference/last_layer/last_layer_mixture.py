@@ -226,17 +226,13 @@ def _mixed(made: Sequence[Prediction], log_weights: np.ndarray) -> Prediction:
     """Of S predictions: densities and probabilities averaged; variances by the law of total variance."""
     weights = np.exp(log_weights)
 
-    def average(parts: Any) -> np.ndarray:
-        return np.tensordot(weights, np.stack(parts), axes=1)
+    def average(name: str) -> Any:
+        parts = [getattr(one, name) for one in made]
+        return None if parts[0] is None else np.tensordot(weights, np.stack(parts), axes=1)
 
-    mean = average([one.mean for one in made])
-    variance = average([one.variance + np.square(one.mean - mean) for one in made])
-    mixed: dict[str, Any] = dict.fromkeys(Prediction._fields) | {"mean": mean, "variance": variance}
-    if made[0].probabilities is not None:
-        mixed["probabilities"] = average([one.probabilities for one in made])
-    if made[0].aleatoric is not None:
-        mixed["aleatoric"] = average([one.aleatoric for one in made])
-        mixed["epistemic"] = entr(mixed["probabilities"]).sum(axis=1) - mixed["aleatoric"]
-    if made[0].log_density is not None:
-        mixed["log_density"] = logsumexp(np.stack([one.log_density for one in made]) + log_weights[:, None], axis=0)
-    return Prediction(**mixed)
+    mean, p, aleatoric = average("mean"), average("probabilities"), average("aleatoric")
+    between = sum(weight * np.square(one.mean - mean) for weight, one in zip(weights, made, strict=True))
+    epistemic = None if aleatoric is None else entr(p).sum(axis=1) - aleatoric
+    densities: list[Any] = [one.log_density for one in made]
+    scored = None if densities[0] is None else logsumexp(np.stack(densities) + log_weights[:, None], axis=0)
+    return Prediction(mean, average("variance") + between, p, aleatoric, epistemic, scored)
