@@ -291,6 +291,8 @@ class LastLayerFilter:
         return 1 << (max(self._few // self.head.num_outputs, 1).bit_length() - 1)
 
     def _points(self, state: HeadState, batch: Mapping[str, Any], ids: Any, weights: Any) -> Sites:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batch is {type(batch).__name__}; a mapping with inputs and labels is accepted")
         phi, labels = self.features(batch), self._labels(batch)
         num = len(phi)
         if len(labels) != num:

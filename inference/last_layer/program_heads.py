@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from ssm_nn.extraction import ObservedSite, Program, StateSpace, extract
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.last_layer.head_likelihoods import Bernoulli, Categorical, Gaussian, HeadLikelihood, Poisson
-from ssm_nn.inference.last_layer.heads import Head, find_head, one_row
+from ssm_nn.inference.last_layer.heads import Head, find_head, one_row, over_examples
 from ssm_nn.likelihoods import likelihood_of
 from ssm_nn.program import TaskBody
 from ssm_nn.tasks import Task, as_task
@@ -25,6 +25,7 @@ from ssm_nn.tasks import Task, as_task
 __all__ = ["draw_bodies", "program_head", "program_heads"]
 
 Array = Any
+SiteAt = Callable[[Array, Task], ObservedSite]
 
 
 def program_head(
@@ -111,9 +112,11 @@ def _heads(
     if inputs not in given:
         raise ValueError(f"inputs is {inputs!r}; the task has {sorted(given)}")
     first = space.layout.arrays(thetas[0])
-    found = find_head(lambda arrays, x: net.network.bind(arrays[net.name])(x), first, given[inputs], layer)
+    apply, mapped = over_examples(lambda arrays, x: net.network.bind(arrays[net.name])(x), first, given[inputs])
+    found = find_head(apply, first, given[inputs], layer)
     _check_still(space, {found.layer.kernel, found.layer.bias})
-    likelihood = _likelihood(space, given, found.num_outputs, inputs)
+    site_at = _observed(space, apply, mapped, inputs)
+    likelihood = _likelihood(site_at, given, found.num_outputs, space.initial.dtype)
 
     def at_head(vector: Array) -> np.ndarray:
         return found.matrix(space.layout.arrays(jnp.broadcast_to(vector, space.initial.shape)))
@@ -121,8 +124,7 @@ def _heads(
     def labels(batch: Mapping[str, Any]) -> Any:
         arrays = _on_device(batch)
         zeros = jnp.zeros((arrays.num_examples, found.num_outputs), space.initial.dtype)
-        site = _only_site(_stand_in(space, arrays[inputs]).observed_at({net.name: {"outputs": zeros}}, arrays))
-        return site.value
+        return site_at(zeros, arrays).value
 
     def features(theta: Array) -> Any:
         arrays = space.layout.arrays(theta)
@@ -156,23 +158,34 @@ def _check_still(space: StateSpace, head: set[Any]) -> None:
 
 
 class _Given:
-    """Stands for the network: called with anything, it gives outputs that are handed over."""
+    """Stands for the network: called with the examples or with one of them, it gives outputs that are handed over.
 
-    def __init__(self, name: str, shape: tuple[int, ...]):
-        self.name, self.network, self._shape = name, self, shape
+    Those of a batch lie in the arrays. Where the program maps the network over the examples, the outputs take the place of
+    the inputs instead, so that each call meets its own.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], mapped: bool):
+        self.name, self.network, self._shape, self._mapped = name, self, shape, mapped
 
     def bind(self, arrays: Mapping[str, Any]) -> Any:
-        """A function that gives ``arrays["outputs"]`` in the network's shape."""
+        """A function that gives the outputs in the network's shape."""
+        if self._mapped:
+            return lambda row, *_: jnp.reshape(row, self._shape[1:])
         return lambda *_: jnp.reshape(arrays["outputs"], self._shape)
 
 
-def _stand_in(space: StateSpace, x: Array) -> StateSpace:
-    """The state space whose network has given outputs for the examples x."""
-    net = space.body.networks[0]
-    own = space.layout.arrays(space.initial)[net.name]
-    shape = jax.eval_shape(lambda x: net.network.bind(own)(x), x).shape
-    given: Any = _Given(net.name, shape)
-    return space._replace(body=TaskBody([given], space.body.observe, {}))
+def _observed(space: StateSpace, apply: Any, mapped: bool, inputs: str) -> SiteAt:
+    """What the program observes where its network gives outputs (n, K) for a task's examples; ``mapped`` by the program."""
+    name, arrays = space.body.networks[0].name, space.layout.arrays(space.initial)
+
+    def site_at(outputs: Array, task: Task) -> ObservedSite:
+        shape = jax.eval_shape(apply, arrays, task[inputs]).shape
+        stand_in: Any = _Given(name, shape, mapped)
+        data = {**task.data, inputs: outputs} if mapped else task.data
+        replaced = space._replace(body=TaskBody([stand_in], space.body.observe, {}))
+        return _only_site(replaced.observed_at({name: {"outputs": outputs}}, Task(data, task.context, task.mask)))
+
+    return site_at
 
 
 def _only_site(sites: Mapping[str, ObservedSite]) -> ObservedSite:
@@ -181,17 +194,12 @@ def _only_site(sites: Mapping[str, ObservedSite]) -> ObservedSite:
     return next(iter(sites.values()))
 
 
-def _likelihood(space: StateSpace, task: Task, num_outputs: int, inputs: str) -> HeadLikelihood:
+def _likelihood(site_at: SiteAt, task: Task, num_outputs: int, dtype: Any) -> HeadLikelihood:
     """The likelihood of the outputs f, found by looking at the site's canonical outputs at two values of f."""
-    net = space.body.networks[0]
-    stand_in = _stand_in(space, task[inputs])
     num = task.num_examples
     drawn = np.random.default_rng(0).normal(size=(2, num, num_outputs))
 
-    def at(f: np.ndarray) -> ObservedSite:
-        return _only_site(stand_in.observed_at({net.name: {"outputs": jnp.asarray(f, space.initial.dtype)}}, task))
-
-    sites = [at(f) for f in drawn]
+    sites = [site_at(jnp.asarray(f, dtype), task) for f in drawn]
     weights = np.asarray(sites[0].weight)
     if not (weights == 1).all():
         raise ValueError("the program masks or scales its likelihood; give weights to update instead")
