@@ -15,7 +15,7 @@ import warnings
 
 import numpy as np
 
-LARGEST = 3_000  # weights of a head; at 5,390 a fit of 1,500 points takes 10 s and 1,000 predictions 35
+LARGEST = 1_000  # weights of a head; at 5,390 a fit of 1,500 points takes 10 s and 1,000 predictions 35
 BATCH = 100
 
 

@@ -1,6 +1,7 @@
 """Points taken back leave no trace; ids, new classes, a walking head, and what is refused."""
 
 import pickle
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -220,20 +221,21 @@ def test_points_of_many_small_updates_are_copied_a_few_times_and_states_stay_apa
         values = [np.full((1, 2), n), np.full((1, 3), n), np.full(1, n), np.full(1, n), np.full(1, n), np.full(1, n)]
         return Sites(*values)
 
-    sites, buffers = one(0), set()
+    sites, buffers, every = one(0), set(), []
     for n in range(1, 400):
-        if n == 200:
-            early = sites
+        every.append(sites)
         sites = sites.plus(one(n))
         buffers.add(sites.features.ctypes.data)
     assert len(buffers) < 20
+    early = next(one for one, two in pairwise(every[100:]) if one.ids.ctypes.data == two.ids.ctypes.data)
+    start = early.num_points
     other = early.plus(one(-1)).plus(one(-2))  # from a state whose room another has taken
-    assert sites.ids.tolist() == list(range(400))
+    for kept in (*every, sites):
+        assert kept.ids.tolist() == list(range(kept.num_points))
     np.testing.assert_array_equal(sites.features[:, 1], np.arange(400))
-    assert early.ids.tolist() == list(range(200))
-    assert other.ids.tolist() == [*range(200), -1, -2]
+    assert other.ids.tolist() == [*range(start), -1, -2]
     turned = Sites(*(part[::-1] for part in early)).plus(one(7))
-    assert turned.ids.tolist() == [*range(199, -1, -1), 7]
+    assert turned.ids.tolist() == [*range(start - 1, -1, -1), 7]
     assert pickle.loads(pickle.dumps(sites)).plus(one(400)).ids.tolist() == list(range(401))
 
 
