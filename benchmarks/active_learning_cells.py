@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from active_learning_settings import VALIDATION_SEED, VARIANCES, Bench, Method, Setting, bench_of
+from active_learning_settings import VALIDATION_SEED, Bench, Method, Setting, bench_of
 
 from ssm_nn.inference.checkpoints import CheckpointError, replacing
 from ssm_nn.inference.last_layer.acquisition_curves import LearningCurve
@@ -67,18 +67,18 @@ def engine_of(setting: Setting, bench: Bench, variance: float) -> LastLayerFilte
 
 
 def prior_variance(store: Store, setting: Setting) -> float:
-    """The one of ``VARIANCES`` with the largest evidence of the labels that random choices give, on a pool of its own."""
+    """The one of ``setting.variances`` with the largest evidence of randomly chosen labels, on a pool of its own."""
     settings = settings_of(setting, "prior", VALIDATION_SEED)
     known = store.read(settings)
     if known is None:
         bench = bench_of(setting, VALIDATION_SEED)
         count = setting.start + setting.batch_size * setting.num_batches // 2
         evidences = []
-        for variance in VARIANCES:
+        for variance in setting.variances:
             engine = engine_of(setting, bench, variance)
             state, _ = engine.update(engine.init(), {"x": bench.x[:count], "y": bench.y[:count]})
             evidences.append(engine.sweep(state)[1].log_evidence)
-        known = {"variance": VARIANCES[int(np.argmax(evidences))], "evidences": evidences}
+        known = {"variance": setting.variances[int(np.argmax(evidences))], "evidences": evidences}
         store.write(settings, known)
     return known["variance"]
 

@@ -4,7 +4,9 @@
     uv run python benchmarks/last_layer.py --evidence        # the priors in last_layer_settings.py, found anew
 
 A cell is one problem, seed and number of points before; finished cells lie in ``<out>/cells`` and are not run again. Tables and
-the picture are made of all finished cells. What an update costs is measured by ``benchmarks/last_layer_cost.py``.
+pictures are made of all finished cells. Where torch and laplace-torch are installed, its fit at the refit's weights is
+compared too, in cells of their own; ``digits-network`` has a network below the head, which is also trained anew. What an update
+costs is measured by ``benchmarks/last_layer_cost.py``.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import last_layer_torch
 import numpy as np
 from csv_files import write_csv
 from last_layer_methods import Case
-from last_layer_settings import DRAWS, GAMMAS, PROBLEMS, QUICK, RATES, Problem, features_of, points_of
+from last_layer_settings import DRAWS, GAMMAS, PROBLEMS, QUICK, RATES, Problem, features_of, head_of, points_of
 from last_layer_summary import draw, summarise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,8 +31,6 @@ from rich.table import Table
 
 from ssm_nn.inference.checkpoints import replacing
 from ssm_nn.inference.last_layer.evidence import tune_head
-from ssm_nn.inference.last_layer.head_likelihoods import Categorical
-from ssm_nn.inference.last_layer.heads import feature_head
 from ssm_nn.inference.last_layer.last_layer_filter import LastLayerFilter
 
 OUT = Path(__file__).parent / "results" / "last_layer"
@@ -65,26 +66,26 @@ def run(problems: dict[str, Problem], seeds: list[int], out: Path, console: Cons
         found = summarise(rows)
         write_csv(out / f"{name}.csv", rows)
         write_csv(out / f"{name}-summary.csv", found)
+        draw(out / f"{name}.png", found)
         console.print(_table(name, found))
         lines += found
-    if lines:
-        draw(out / "nll.png", lines)
     return lines
 
 
 def best_prior(problem: Problem, num_points: int = 1_000) -> float:
     """The prior precision with the largest evidence of points that no seed below 1000 draws first."""
     data = features_of(problem.data)
-    places, _ = points_of(problem, 1_000, min(num_points, len(data.train_y)), 0)
-    head = feature_head(Categorical(data.num_classes), data.train_x.shape[1], prior_precision=problem.prior_precision)
-    engine = LastLayerFilter(head)
+    behind = min(problem.base) if problem.data == "digits-network" else 0  # not the points that the network has learnt
+    _, places = points_of(problem, 1_000, behind, min(num_points, len(data.train_y) - behind))
+    engine = LastLayerFilter(head_of(problem, 1_000, min(problem.base)))
     state, _ = engine.update(engine.init(), {"x": data.train_x[places], "y": data.train_y[places]})
     return float(tune_head(engine, state).prior_precision[0])
 
 
 def _settings(problem: Problem, base: int, seed: int) -> dict[str, Any]:
     own = asdict(problem) | {"new": list(problem.new), "base": base, "seed": seed}
-    return own | {"draws": DRAWS, "gammas": list(GAMMAS), "rates": list(RATES)}
+    own |= {"draws": DRAWS, "gammas": list(GAMMAS), "rates": list(RATES)}
+    return own if last_layer_torch.version() is None else own | {"laplace-torch": last_layer_torch.version()}
 
 
 def _path(out: Path, settings: dict[str, Any]) -> Path:

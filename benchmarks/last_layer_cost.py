@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import last_layer_torch
 import numpy as np
 import optax
 from csv_files import write_csv
@@ -105,6 +106,25 @@ def fit_row(repeats: int, words: str) -> tuple[Any, ...]:
     )
 
 
+def torch_rows(repeats: int) -> list[tuple[Any, ...]]:
+    """K = 10, D = 65, float64: a fit of 1,010 points with its mode, and laplace-torch's at that mode where it is installed."""
+    if last_layer_torch.version() is None:
+        return []
+    data = problem(1_010, 10, 64)
+    engine = LastLayerFilter(feature_head(Categorical(10), 64), Full())
+    state, _ = engine.update(engine.init(), part(data, 0, 1_000))
+    refitted, _ = engine.update(engine.init(), data)
+    weights = engine.weights(refitted)
+    theirs = [last_layer_torch.refit(data["x"], data["y"], weights, 1.0, data["x"][:1])[2] for _ in range(repeats + 1)]
+    refit = seconds(lambda: engine.update(engine.init(), data)[0][1:3], repeats)
+    update = seconds(lambda: engine.update(state, part(data, 1_000, 1_010))[0][1:3], repeats)
+    return [
+        ("laplace-torch's fit of 1,010 points at their mode, D = 65", *spread(theirs[1:]), ""),
+        ("Newton refit of the same with its search for the mode", *spread(refit), ""),
+        ("update of 10 points after 1,000 likewise", *spread(update), ""),
+    ]
+
+
 def banking_rows(repeats: int) -> list[tuple[Any, ...]]:
     """K D = 29,568."""
     data = problem(1_010, 77, 384)
@@ -181,6 +201,7 @@ def main() -> None:
     with jax.enable_x64(True):
         rows += update_rows(arguments.repeats)
         rows.append(fit_row(min(arguments.repeats, 3), "float64"))
+        rows += torch_rows(arguments.repeats)
     arguments.out.mkdir(parents=True, exist_ok=True)
     columns = ("measure", "median", "minimum", "maximum", "aim")
     write_csv(arguments.out / "cost.csv", (dict(zip(columns, row, strict=True)) for row in rows))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import last_layer_torch
 import numpy as np
-from last_layer_settings import DRAWS, GAMMAS, RATES, Problem, features_of, points_of
+from last_layer_network import trained
+from last_layer_settings import DRAWS, GAMMAS, NETWORKS, RATES, Problem, features_of, head_of, points_of
 from scipy.special import logsumexp, softmax
 
 from ssm_nn.inference.last_layer.full_covariance import Full
-from ssm_nn.inference.last_layer.head_likelihoods import Categorical
 from ssm_nn.inference.last_layer.head_predictions import AtMode, Probit
-from ssm_nn.inference.last_layer.heads import feature_head
 from ssm_nn.inference.last_layer.kronecker_head import KroneckerHead
 from ssm_nn.inference.last_layer.last_layer_filter import HeadState, LastLayerFilter
+from ssm_nn.inference.last_layer.last_layer_mixture import LastLayerMixture, MixtureState
 from ssm_nn.inference.last_layer.published_rule import PublishedRule
 from ssm_nn.inference.last_layer.shared_covariance import Shared
 from ssm_nn.inference.last_layer.structures import FULL_LIMIT
@@ -37,15 +39,13 @@ class Case:
 
     def __init__(self, problem: Problem, seed: int, num_base: int):
         self.data, self.problem, self.seed, self.num_base = features_of(problem.data), problem, seed, num_base
-        head = feature_head(
-            Categorical(self.data.num_classes), self.data.train_x.shape[1], prior_precision=problem.prior_precision
-        )
+        head = head_of(problem, seed, num_base)
         structures: list[Any] = [Shared(), KroneckerHead()]
         if Full().numbers(head.num_outputs, head.num_features) <= FULL_LIMIT:
             structures.insert(0, Full())
         self.engines = {type(one).__name__: LastLayerFilter(head, one) for one in structures}
-        base, _ = points_of(problem, seed, num_base, 0)
-        self.states = {name: engine.update(engine.init(), self.batch(base))[0] for name, engine in self.engines.items()}
+        self.base, _ = points_of(problem, seed, num_base, 0)
+        self.states = {name: self._refit(engine, self.base) for name, engine in self.engines.items()}
         self.best = next(iter(self.engines)) if structures[0].exact else "KroneckerHead"
 
     def batch(self, places: np.ndarray) -> dict[str, np.ndarray]:
@@ -55,10 +55,9 @@ class Case:
     def rows(self, num_new: int) -> Iterator[dict[str, Any]]:
         """One row a method."""
         base, new = points_of(self.problem, self.seed, self.num_base, num_new)
-        reference = self._answer(
-            self.best, lambda engine: engine.update(engine.init(), self.batch(np.r_[base, new]))[0]
-        )
-        for method, answer in self._answers(new, reference):
+        both = np.r_[base, new]
+        reference = self._answer(self.best, lambda engine: self._refit(engine, both))
+        for method, answer in self._answers(new, both, reference):
             p, y = answer.at_mode, self.data.test_y
             yield {
                 "data": self.problem.data,
@@ -73,7 +72,7 @@ class Case:
                 "seconds": answer.seconds,
             }
 
-    def _answers(self, new: np.ndarray, reference: Answer) -> Iterator[tuple[str, Answer]]:
+    def _answers(self, new: np.ndarray, both: np.ndarray, reference: Answer) -> Iterator[tuple[str, Answer]]:
         batch = self.batch(new)
         yield "refit", reference
         yield "none", self._answer(self.best, lambda _: self.states[self.best])
@@ -86,6 +85,15 @@ class Case:
             yield f"published {gamma:g}", self._answer("Shared", lambda _, r=rule, s=start: r.update(s, batch))
         yield "first order", self._first_order(batch)
         yield "reweighting", self._reweighted(batch)
+        size = self.data.num_classes * self.engines[self.best].head.num_features
+        if self.best == "Full" and size <= last_layer_torch.LARGEST and last_layer_torch.version() is not None:
+            yield "laplace-torch", self._laplace_torch(both)
+        if self.problem.data == "digits-network":
+            yield "retraining", self._retrained(both)
+            yield "mixture of networks", self._mixture(batch)
+
+    def _refit(self, engine: LastLayerFilter, places: np.ndarray) -> HeadState:
+        return engine.update(engine.init(), self.batch(places))[0]
 
     def _swept(self, engine: LastLayerFilter, batch: dict[str, np.ndarray]) -> HeadState:
         return engine.sweep(engine.update(self.states[self.best], batch)[0])[0]
@@ -124,3 +132,38 @@ class Case:
         weights = softmax(scores.astype(np.float64))
         p = np.einsum("s,snk->nk", weights, np.exp(there))
         return Answer(p, p, time.process_time() - began)
+
+    def _laplace_torch(self, both: np.ndarray) -> Answer:
+        """Its full Laplace approximation of the last layer, at the refit's weights."""
+        engine, batch = self.engines[self.best], self.batch(both)
+        x, test = (np.asarray(engine.head.features({"x": x}), float)[:, :-1] for x in (batch["x"], self.data.test_x))
+        weights = engine.weights(self._refit(engine, both))
+        made = last_layer_torch.refit(x, batch["y"], weights, self.problem.prior_precision, test)
+        return Answer(*made)
+
+    def _retrained(self, both: np.ndarray) -> Answer:
+        """The whole network trained from its start on the points before and after."""
+        began = time.process_time()
+        apply, params = trained(self.data.train_x[both], self.data.train_y[both], NETWORKS * self.seed)
+        jax.block_until_ready(params)
+        seconds = time.process_time() - began
+        p = softmax(np.asarray(apply(params, self.data.test_x), float), axis=1)
+        return Answer(p, None, seconds)
+
+    def _mixture(self, batch: dict[str, np.ndarray]) -> Answer:
+        """Heads on networks of several starts, all trained on the points before, which weigh none; updated with those after."""
+        mixture, state = self._networks
+        began = time.process_time()
+        state, _ = mixture.update(state, batch)
+        jax.block_until_ready([head.mean for head in state.heads])
+        seconds = time.process_time() - began
+        mode, probit = (
+            mixture.predict(state, self.data.test_x, method).probabilities for method in (AtMode(), Probit())
+        )
+        return Answer(mode, probit, seconds)
+
+    @cached_property
+    def _networks(self) -> tuple[LastLayerMixture, MixtureState]:
+        heads = [head_of(self.problem, self.seed, self.num_base, start) for start in range(NETWORKS)]
+        mixture = LastLayerMixture(heads)
+        return mixture, mixture.init(seen=self.batch(self.base))

@@ -7,7 +7,10 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from last_layer_network import trained
 
+from ssm_nn.inference.last_layer.head_likelihoods import Categorical
+from ssm_nn.inference.last_layer.heads import Head, feature_head, network_head
 from ssm_nn.models.datasets import load
 from ssm_nn.models.ready_features import load_features
 
@@ -16,6 +19,7 @@ DRAWS = 200  # of the weights, for Monte-Carlo reweighting
 RATES = (1e-3, 1e-2, 1e-1, 1.0)  # of the first-order step; the best on the test set is shown, in its favour
 GAMMAS = (10.0, 1.0)  # of the published rule; 10 is the published one
 NUM_RANDOM_FEATURES = 256
+NETWORKS = 5  # starts of the network under ``digits-network``, for the mixture
 LENGTH_SCALE = 2.0  # of the random features, in units of a pixel vector whose norm is about 4
 
 
@@ -25,7 +29,7 @@ class Problem:
 
     Attributes:
         data: its name.
-        prior_precision: tau; of texts and images by the evidence (``--evidence``), of digits by hand.
+        prior_precision: tau, by the evidence (``--evidence``); of ``digits-50-10`` by hand.
         base, new: numbers of points before and after.
     """
 
@@ -37,8 +41,9 @@ class Problem:
 
 PROBLEMS = {
     "digits-50-10": Problem("digits", 0.2, (50,), (10,)),
-    "digits": Problem("digits", 0.2, (100, 700)),
-    "random-features": Problem("random-features", 0.05, (100, 700)),
+    "digits": Problem("digits", 0.043, (100, 700)),
+    "digits-network": Problem("digits-network", 0.27, (100, 700)),
+    "random-features": Problem("random-features", 0.013, (100, 700)),
     "cifar10": Problem("cifar10", 390.0),
     "dbpedia": Problem("dbpedia", 0.078),
     "banking77": Problem("banking77", 0.09),
@@ -58,8 +63,11 @@ class Features(NamedTuple):
 
 @cache
 def features_of(name: str) -> Features:
-    """Of a data set; ``random-features`` are those of SNGP, cosines of a Gaussian projection of the digits."""
-    if name in ("digits", "random-features"):
+    """Of a data set; ``random-features`` are those of SNGP, cosines of a Gaussian projection of the digits.
+
+    Of ``digits-network`` they are the pixels: what lies below the head is trained on the points before, see ``head_of``.
+    """
+    if name in ("digits", "digits-network", "random-features"):
         data = load("digits")
         train, test = (x.reshape(len(x), -1) for x in (data.train_x, data.test_x))
         if name == "random-features":
@@ -71,6 +79,17 @@ def features_of(name: str) -> Features:
     ready = load_features(name)
     order = np.random.default_rng(0).permutation(len(ready.test_y))[:TEST_EXAMPLES]
     return Features(ready.train_x, ready.train_y, ready.test_x[order], ready.test_y[order], ready.num_classes)
+
+
+def head_of(problem: Problem, seed: int, num_base: int, start: int = 0) -> Head:
+    """On the features, or on a network that was trained on the points before, from one of ``NETWORKS`` starts."""
+    data = features_of(problem.data)
+    likelihood = Categorical(data.num_classes)
+    if problem.data != "digits-network":
+        return feature_head(likelihood, data.train_x.shape[1], prior_precision=problem.prior_precision)
+    places, _ = points_of(problem, seed, num_base, 0)
+    network = trained(data.train_x[places], data.train_y[places], NETWORKS * seed + start)
+    return network_head(network, likelihood, data.train_x[:1], prior_precision=problem.prior_precision)
 
 
 def points_of(problem: Problem, seed: int, num_base: int, num_new: int) -> tuple[np.ndarray, np.ndarray]:

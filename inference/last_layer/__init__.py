@@ -16,8 +16,9 @@ from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo
 from ssm_nn.inference.last_layer.heads import feature_head, network_head
 from ssm_nn.inference.last_layer.kronecker_head import KroneckerHead
 from ssm_nn.inference.last_layer.last_layer_filter import LastLayerFilter
+from ssm_nn.inference.last_layer.last_layer_mixture import LastLayerMixture, MixtureInfo, MixtureState
 from ssm_nn.inference.last_layer.moving import smooth_head
-from ssm_nn.inference.last_layer.program_heads import program_head
+from ssm_nn.inference.last_layer.program_heads import draw_bodies, program_head, program_heads
 from ssm_nn.inference.last_layer.published_rule import PublishedRule
 from ssm_nn.inference.last_layer.shared_covariance import Shared
 from ssm_nn.inference.last_layer.square_root import SquareRoot
@@ -42,8 +43,11 @@ __all__ = [
     "InformationGain",
     "KroneckerHead",
     "LastLayerFilter",
+    "LastLayerMixture",
     "Margin",
     "MeanField",
+    "MixtureInfo",
+    "MixtureState",
     "MonteCarlo",
     "Poisson",
     "Probit",
@@ -55,10 +59,12 @@ __all__ = [
     "TunedHead",
     "TypiClust",
     "UpdateInfo",
+    "draw_bodies",
     "feature_head",
     "head_datatree",
     "network_head",
     "program_head",
+    "program_heads",
     "smooth_head",
     "tune_head",
 ]

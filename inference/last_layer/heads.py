@@ -154,7 +154,8 @@ def network_head(
     """The last layer of a network on the features below it, which stay as they are.
 
     Args:
-        network: a flax.nnx module, an equinox module, or a pair (apply, params).
+        network: a flax.nnx module, an equinox module, or a pair (apply, params); called with a batch, or where it takes none
+            with one example.
         likelihood: as for ``feature_head``; its outputs are the network's.
         example: inputs (n, ...) as the network takes them; values are read to check what was found.
         prior_precision: tau > 0 of the head's weights and bias.
@@ -167,11 +168,35 @@ def network_head(
     if not 0 < prior_precision < float("inf"):
         raise ValueError(f"prior_precision is {prior_precision}; a finite number > 0 is accepted")
     made = as_network(network)
-    found = find_head(lambda arrays, x: made.bind(arrays["net"])(x), {"net": made.initial}, example, layer)
+    arrays = {"net": made.initial}
+    apply, _ = over_examples(lambda arrays, x: made.bind(arrays["net"])(x), arrays, example)
+    found = find_head(apply, arrays, example, layer)
     if found.num_outputs != likelihood.num_outputs:
         raise ValueError(f"the network has {found.num_outputs} outputs, the likelihood {likelihood.num_outputs}")
     scale = np.full(found.num_features, prior_precision**-0.5)
-    return _made(likelihood, lambda batch: found.features(_array(batch, "x")), found.num_features, scale, transition)
+    features = lambda batch: found.features(arrays, _array(batch, "x"))  # noqa: E731
+    return _made(likelihood, features, found.num_features, scale, transition)
+
+
+def over_examples(
+    apply: Callable[[Any, Any], Array], arrays: Any, example: Any
+) -> tuple[Callable[[Any, Any], Array], bool]:
+    """``apply`` for a batch, and whether it had to be mapped, since the network takes one example, as equinox modules do."""
+    rows = [jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(example)]
+    # as many examples as nothing else in their shapes is long: what fits, is not taken for a batch by chance
+    num = max([1, *(length for row in rows for length in row)]) + 1
+    many = jax.tree.map(lambda a: jax.ShapeDtypeStruct((num, *jnp.shape(a)[1:]), jnp.asarray(a).dtype), example)
+    each = lambda arrays, x: jax.vmap(lambda row: apply(arrays, row))(x)  # noqa: E731
+    refusals = []
+    for called, mapped in ((apply, False), (each, True)):
+        try:
+            if jax.eval_shape(called, arrays, many).shape[:1] == (num,):
+                return called, mapped
+        except (TypeError, ValueError) as refusal:
+            refusals.append(str(refusal))
+    raise ValueError(
+        f"the network takes neither a batch of examples of shape {rows} nor one of them: {'; '.join(refusals)}"
+    )
 
 
 def _made(
@@ -217,10 +242,10 @@ def one_row(name: str, rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class FoundHead:
-    """A network's last layer: where its weights lie, and the features (n, D) that it sees, the bias counted."""
+    """A network's last layer: where its weights lie, and what it sees under ``arrays``: features (n, D), the bias counted."""
 
     layer: Layer
-    features: Callable[[Any], Array]
+    features: Callable[[Mapping[str, Mapping[str, Any]], Any], Array]
     num_features: int
     num_outputs: int
 
@@ -264,7 +289,7 @@ def find_head(
         raise ValueError(f"the outputs of the layer {label!r} are not those of the network; name its last layer")
 
     @jax.jit
-    def features(x: Any) -> Array:
+    def traced(arrays: Mapping[str, Mapping[str, Any]], x: Any) -> Array:
         def one(row):
             single = jax.tree.map(lambda a: a[None], row)
             _, inputs = run_layers(lambda arrays: outputs(arrays, single), arrays, perturbations(0 * change))
@@ -273,8 +298,17 @@ def find_head(
         phi = jax.vmap(one)(jax.tree.map(jnp.asarray, x))
         return phi if layer.bias is None else jnp.concatenate([phi, jnp.ones((len(phi), 1), phi.dtype)], axis=1)
 
+    def features(arrays: Mapping[str, Mapping[str, Any]], x: Any) -> Array:
+        x = jnp.asarray(x) if isinstance(first, jax.Array) else x  # a list too
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]
+        wanted = [leaf.shape[1:] for leaf in jax.tree.leaves(first)]
+        if [shape[1:] for shape in shapes if shape] != wanted:
+            words = ", ".join(str(("n", *shape)).replace("'", "") for shape in wanted)
+            raise ValueError(f"the inputs have shape {', '.join(map(str, shapes))}; {words} is accepted")
+        return traced(arrays, x)
+
     found = FoundHead(layer, features, layer.num_inputs + (layer.bias is not None), layer.num_outputs)
-    linear = features(first)[0] @ found.matrix(arrays).T
+    linear = features(arrays, first)[0] @ found.matrix(arrays).T
     if not jnp.allclose(linear, before, rtol=0, atol=1e-4 * scale):
         raise ValueError(f"the outputs of the network are not a linear function of what the layer {label!r} sees")
     return found

@@ -21,6 +21,11 @@ __all__ = ["KroneckerHead", "KroneckerInformation"]
 
 Array = Any
 
+NO_WALK = (
+    "KroneckerHead() carries no head that moves between batches; Full(), SquareRoot(), Shared() and DiagonalHead() are "
+    "accepted"
+)
+
 
 @dataclass(frozen=True)
 class KroneckerHead:
@@ -143,9 +148,7 @@ class KroneckerInformation:
 
     def step(self, gain: Array, noise: Array) -> KroneckerInformation:
         """Refused: with noise added, a Kronecker product does not stay one."""
-        raise ValueError(
-            "KroneckerHead() carries no random walk; Full(), SquareRoot(), Shared() and Diagonal() of last_layer are accepted"
-        )
+        raise ValueError(NO_WALK)
 
     def grown(self, num_new: int) -> KroneckerInformation:
         """New outputs of which nothing is known."""

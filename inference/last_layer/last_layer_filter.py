@@ -32,6 +32,7 @@ from ssm_nn.inference.last_layer.conditioning import (
 from ssm_nn.inference.last_layer.head_predictions import PredictiveMethod, Probit, predict_head, sample_outputs
 from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo, no_change
 from ssm_nn.inference.last_layer.heads import Head
+from ssm_nn.inference.last_layer.kronecker_head import NO_WALK, KroneckerHead
 from ssm_nn.inference.last_layer.map_search import NEARLY, tolerance
 from ssm_nn.inference.last_layer.moving import refiltered, swept
 from ssm_nn.inference.last_layer.sites import Sites, checked_ids, padded, padded_size
@@ -54,6 +55,9 @@ class LastLayerFilter:
             richest that the size allows, see ``choice``.
         keep_sites: keep D + K + 2 numbers a point, which removal and sweeps need; False for endless streams.
 
+    Raises:
+        ValueError: arguments of another kind, ``KroneckerHead()`` for a head that moves.
+
     Attributes:
         choice: the structure, and the reason for it in words.
     """
@@ -67,6 +71,8 @@ class LastLayerFilter:
             raise ValueError(
                 f"structure is {structure!r}; Full(), SquareRoot(), KroneckerHead(), Shared() and DiagonalHead() are accepted"
             )
+        if isinstance(structure, KroneckerHead) and head.moving:
+            raise ValueError(NO_WALK)
         self.head, self.keep_sites = head, keep_sites
         if structure is None:
             self.choice = choose(head.num_outputs, head.num_features, head.moving)
@@ -285,6 +291,8 @@ class LastLayerFilter:
         return 1 << (max(self._few // self.head.num_outputs, 1).bit_length() - 1)
 
     def _points(self, state: HeadState, batch: Mapping[str, Any], ids: Any, weights: Any) -> Sites:
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batch is {type(batch).__name__}; a mapping with inputs and labels is accepted")
         phi, labels = self.features(batch), self._labels(batch)
         num = len(phi)
         if len(labels) != num:
@@ -298,7 +306,7 @@ class LastLayerFilter:
         ids = checked_ids(ids)
         if ids.shape != (num,):
             raise ValueError(f"ids has shape {ids.shape}; one for each of the {num} points is accepted")
-        met = np.intersect1d(ids, known)
+        met = ids[np.isin(ids, known)]
         if met.size:
             raise ValueError(f"ids holds {met[:5].tolist()}, which points of the state have already; remove them first")
         outputs = np.zeros((num, self.head.num_outputs), self._dtype)

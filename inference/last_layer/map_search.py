@@ -31,6 +31,7 @@ Array = Any
 
 NEARLY = 1e3  # times the tolerance: what rounding may leave to be climbed
 _DIRECT = 256  # outputs up to which Cholesky's factor costs less than some tens of products
+_MAX_PRODUCTS = 500  # of one direction
 _MAX_HALVINGS = 30  # a step of 1e-9 that does not climb is rounding
 
 
@@ -92,8 +93,8 @@ def climb_in_outputs(
     size = f_0.size
     matrix = kernel.reshape(size, size)
 
-    def along(a):
-        return f_0 + (matrix @ a.ravel()).reshape(f_0.shape)
+    def times_kernel(a):
+        return (matrix @ a.ravel()).reshape(f_0.shape)
 
     def log_likelihood(f):
         return jnp.sum(weighted(weight, likelihood.log_prob(f, y)))
@@ -109,21 +110,21 @@ def climb_in_outputs(
         def spread(v):
             return jnp.einsum("nkc,nc->nk", factor, v)
 
-        def pulled(a):
-            return jnp.einsum("nkc,nk->nc", factor, (matrix @ a.ravel()).reshape(f_0.shape))
+        def pulled(f):
+            return jnp.einsum("nkc,nk->nc", factor, f)
 
         if size <= _DIRECT:
             lifted = jnp.einsum("pmk,mkc->pmc", matrix.reshape(size, *f_0.shape), factor)
             core = jnp.einsum("nkmc,nkb->nbmc", lifted.reshape(*f_0.shape, *lifted.shape[1:]), factor)
             root = identity_plus_root(core.reshape(-1, factor.shape[0] * factor.shape[2]))
-            right = pulled(residual)
+            right = pulled(times_kernel(residual))
             solved = jax.scipy.linalg.cho_solve((root, True), right.ravel()).reshape(right.shape)
+            change = residual - spread(solved)
+            along_f = times_kernel(change)
         else:
-            solved = _conjugate_gradients(
-                lambda v: v + pulled(spread(v)), lambda v: v, pulled(residual), climb.decrement
+            change, along_f = _conjugate_gradients_in_outputs(
+                times_kernel, lambda f: spread(pulled(f)), residual, climb.decrement
             )
-        change = residual - spread(solved)
-        along_f = (matrix @ change.ravel()).reshape(f_0.shape)
         return change, along_f, jnp.sum(residual * along_f)
 
     def step(climb):
@@ -136,7 +137,7 @@ def climb_in_outputs(
 
     start = jnp.zeros_like(f_0)
     end = _run(step, _Climb(start, f_0, value(start, f_0), *_begun(f_0.dtype)))
-    f = along(end.position)
+    f = f_0 + times_kernel(end.position)
     square = jnp.sum(end.position * (f - f_0))
     return Found(end.position, f, end.steps, end.decrement, log_likelihood(f), square)
 
@@ -230,21 +231,22 @@ def _stepped(climb: _Climb, at: Any, value: Any, slope: Array, max_steps: Array 
     return _Climb(position, outputs, value(position, outputs), steps, decrement, going)
 
 
-def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array, decrement: Array | None = None) -> Array:
-    """``H^-1 slope`` as precisely as a Newton step that far from the top deserves; ``decrement``: how far, by default its
-    length as the preconditioner sees it."""
+def _accuracy(far: Array) -> Array:
+    """Of a Newton step's direction: the next decrement is then about the square of this one, quadratic convergence, but no
+    less than the last one needs."""
+    limit = tolerance(far.dtype)
+    return jnp.minimum(0.1, jnp.maximum(far, 0.1 * limit / jnp.maximum(far, limit)))
+
+
+def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array) -> Array:
+    """``H^-1 slope`` as precisely as a Newton step that far from the top deserves."""
     toward = precondition(slope)
     first = jnp.sum(slope * toward)
-    far = jnp.sqrt(first) if decrement is None else decrement
-    # the next decrement is then about the square of this one, quadratic convergence, but no less than the last one needs
-    accuracy = jnp.minimum(
-        0.1, jnp.maximum(far, 0.1 * tolerance(slope.dtype) / jnp.maximum(far, tolerance(slope.dtype)))
-    )
-    wanted = jnp.square(accuracy) * first
+    wanted = jnp.square(_accuracy(jnp.sqrt(first))) * first
 
     def unsolved(carry):
         _, _, _, size, steps = carry
-        return (size > wanted) & (steps < 500)
+        return (size > wanted) & (steps < _MAX_PRODUCTS)
 
     def step(carry):
         x, residual, toward, size, steps = carry
@@ -257,3 +259,38 @@ def _conjugate_gradients(hessian: Any, precondition: Any, slope: Array, decremen
 
     start = (jnp.zeros_like(slope), slope, toward, first, jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(unsolved, step, start)[0]
+
+
+def _conjugate_gradients_in_outputs(
+    times_kernel: Any, weigh: Any, residual: Array, decrement: Array
+) -> tuple[Array, Array]:
+    """``x = (I + Lambda K)^-1 r`` and K x by conjugate gradients in the inner product of K, where I + Lambda K is symmetric.
+
+    The iterates are those in the weights, preconditioned by S: stopped anywhere, x climbs. Solving for ``L v = r - x`` and
+    taking the difference does not: with a wide prior x is small beside r, and the error of v is of the size of r.
+    Stopped where a step gains little of what all have gained (Nash, Sofer 1990), ``decrement``: the last Newton step's.
+    """
+    accuracy = jnp.square(_accuracy(decrement))
+
+    def unsolved(carry):
+        *_, size, gain, total, steps = carry
+        return (steps * gain > accuracy * total) & (size > 0) & (steps < _MAX_PRODUCTS)
+
+    def step(carry):
+        x, along, residual, toward, image, size, _, total, steps = carry
+        turned = toward + weigh(image)
+        length = size / jnp.sum(image * turned)
+        residual = residual - length * turned
+        lifted = times_kernel(residual)
+        new = jnp.sum(residual * lifted)
+        gain, share = length * size, new / size
+        x, along = x + length * toward, along + length * image
+        toward, image = residual + share * toward, lifted + share * image
+        return x, along, residual, toward, image, new, gain, total + gain, steps + 1
+
+    image, zero = times_kernel(residual), jnp.zeros_like(residual)
+    size = jnp.sum(residual * image)
+    # the first step is always made: inf of gain beside none
+    start = (zero, zero, residual, residual, image, size, jnp.full_like(size, jnp.inf), jnp.zeros_like(size))
+    x, along, *_ = jax.lax.while_loop(unsolved, step, (*start, jnp.ones((), jnp.int32)))
+    return x, along

@@ -26,6 +26,7 @@ from ssm_nn.inference.last_layer.heads import Head
 from ssm_nn.inference.last_layer.map_search import NEARLY, tolerance, weighted
 from ssm_nn.inference.last_layer.shared_covariance import SharedCovariance
 from ssm_nn.inference.last_layer.sites import Sites, padded, padded_size
+from ssm_nn.inference.last_layer.square_root import SquareRootInformation
 from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, all_finite
 
 __all__ = ["HeadPath", "refiltered", "smooth_head", "swept"]
@@ -71,10 +72,10 @@ class _Pass(NamedTuple):
 
 
 def smooth_head(engine: Walking, state: HeadState) -> HeadPath:
-    """The heads of all steps in the light of all points, from the sites alone; in ``Full``, ``Shared`` or ``DiagonalHead``.
+    """The heads of all steps in the light of all points, from the sites alone.
 
     Raises:
-        ValueError: an engine that keeps no sites, a structure that cannot be smoothed, no step.
+        ValueError: an engine that keeps no sites, no step.
     """
     if not engine.keep_sites:
         raise ValueError("keep_sites is False: this engine knows of no single point; make it with keep_sites=True")
@@ -172,7 +173,9 @@ def _back(own: Any, predicted: Any, shift: Array, after: Any, gain: Array, noise
 @singledispatch
 def _smoother_step(own: Any, predicted: Any, shift: Array, after: Any, gain: Array, noise: Array) -> tuple[Array, Any]:
     """``G shift`` with ``G = S A S_pred^-1``, and ``(I - G A) S (I - G A)^T + G (S_after + Q) G^T``."""
-    raise ValueError(f"{type(own).__name__} is not smoothed; Full(), Shared() and DiagonalHead() are accepted")
+    raise ValueError(
+        f"{type(own).__name__} is not smoothed; Full(), SquareRoot(), Shared() and DiagonalHead() are accepted"
+    )
 
 
 def _matrices(own: Array, predicted: Array, after: Array, gain: Array, noise: Array) -> tuple[Array, Array]:
@@ -186,6 +189,13 @@ def _(own: FullCovariance, predicted: Any, shift: Array, after: Any, gain: Array
     gain, noise = (jnp.tile(part, own.num_outputs) for part in (gain, noise))
     pull, covariance = _matrices(own.matrix, predicted.matrix, after.matrix, gain, noise)
     return (pull @ shift.ravel()).reshape(shift.shape), replace(own, matrix=covariance)
+
+
+@_smoother_step.register
+def _(
+    own: SquareRootInformation, predicted: Any, shift: Array, after: Any, gain: Array, noise: Array
+) -> tuple[Array, Any]:
+    return own.smoothed(shift, after, gain, noise)
 
 
 @_smoother_step.register

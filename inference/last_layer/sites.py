@@ -9,6 +9,8 @@ so that (phi_n, f_n, y_n, w_n), D + K + 2 numbers, are all there is to it.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ import numpy as np
 __all__ = ["Sites"]
 
 Array = Any
+
+_USED: dict[int, int] = {}  # rows in use of each buffer that has room behind, by its id; an entry goes with its buffer
+_CLAIMS = threading.Lock()
 
 
 class Sites(NamedTuple):
@@ -57,10 +62,10 @@ class Sites(NamedTuple):
         return len(self.ids)
 
     def plus(self, more: Sites) -> Sites:
-        """These points and more."""
+        """These points and more; many small additions copy a point a few times in all."""
         if not self.num_points:
             return more
-        return Sites(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
+        return Sites(*(_appended(own, new) for own, new in zip(self, more, strict=True)))
 
     def at(self, places: np.ndarray) -> Sites:
         """The points at ``places``, indices or booleans."""
@@ -85,6 +90,29 @@ class Sites(NamedTuple):
                 f"state holds {self.num_points} points"
             )
         return places
+
+
+def _appended(old: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """``old`` and ``more`` (n, ...), in the room behind ``old`` where nobody has taken it, else in a new buffer half as large
+    again. States stay values: what a state sees of a buffer is written once."""
+    count = len(old) + len(more)
+    with _CLAIMS:
+        buffer = old.base
+        if not (isinstance(buffer, np.ndarray) and _is_head_of(old, buffer) and count <= len(buffer)) or (
+            buffer.dtype != np.result_type(old, more)
+        ):
+            buffer = np.empty((count + count // 2, *old.shape[1:]), np.result_type(old, more))
+            buffer[: len(old)] = old
+            weakref.finalize(buffer, _USED.pop, id(buffer), None).atexit = False
+        buffer[len(old) : count] = more
+        _USED[id(buffer)] = count
+    return buffer[:count]
+
+
+def _is_head_of(array: np.ndarray, buffer: np.ndarray) -> bool:
+    """Whether an array is all that is in use of a buffer of ours."""
+    same = array.ctypes.data == buffer.ctypes.data and array.strides == buffer.strides
+    return same and array.shape[1:] == buffer.shape[1:] and _USED.get(id(buffer)) == len(array)
 
 
 def checked_ids(ids: Any) -> np.ndarray:

@@ -150,13 +150,28 @@ class SquareRootInformation:
     def step(self, gain: Array, noise: Array) -> SquareRootInformation:
         """``(A S A + Q)^-1``, by QR of ``[A R^-1, sqrt Q]``."""
         gain, noise = (jnp.tile(part, self.num_outputs) for part in (gain, noise))
-        covariance_root = jnp.linalg.qr(
-            jnp.concatenate([(gain[:, None] * self._inverse()).T, jnp.diag(jnp.sqrt(noise))]), mode="r"
-        )
-        inverse = jax.scipy.linalg.solve_triangular(
-            covariance_root, jnp.eye(covariance_root.shape[0], dtype=self.root.dtype), trans="T"
-        )
-        return self._made(inverse)
+        return self._of_covariance(jnp.concatenate([(gain[:, None] * self._inverse()).T, jnp.diag(jnp.sqrt(noise))]))
+
+    def _of_covariance(self, rows: Array) -> SquareRootInformation:
+        """Of the covariance ``rows^T rows``."""
+        root = jnp.linalg.qr(rows, mode="r")
+        size = root.shape[0]
+        return self._made(jax.scipy.linalg.solve_triangular(root, jnp.eye(size, dtype=root.dtype), trans="T"))
+
+    def smoothed(
+        self, shift: Array, after: SquareRootInformation, gain: Array, noise: Array
+    ) -> tuple[Array, SquareRootInformation]:
+        """``G shift`` and the covariance in the light of the step after it, as a sum of squares:
+
+        [S^1/2 A, S^1/2; Q^1/2, 0] = Q [X, Y; 0, Z],     G^T = X^-1 Y,     S' = Z^T Z + G S_after G^T
+        """
+        gain, noise = (jnp.tile(part, self.num_outputs) for part in (gain, noise))
+        half, size = self._inverse().T, self.root.shape[0]
+        spread = jnp.diag(jnp.sqrt(noise))
+        joint = jnp.linalg.qr(jnp.block([[half * gain, half], [spread, jnp.zeros_like(spread)]]), mode="r")
+        pull = jax.scipy.linalg.solve_triangular(joint[:size, :size], joint[:size, size:]).T
+        rows = jnp.concatenate([joint[size:, size:], after._inverse().T @ pull.T])
+        return (pull @ shift.ravel()).reshape(shift.shape), self._of_covariance(rows)
 
     def grown(self, num_new: int) -> SquareRootInformation:
         """New outputs, independent of the old and as uncertain as at first."""

@@ -50,6 +50,11 @@ class Equinox(eqx.Module):
         return jax.vmap(lambda row: self.head(jnp.tanh(self.first(row))))(x)
 
 
+class EquinoxOfOne(Equinox):
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.first(x)))
+
+
 def hidden(kind, network, x):
     if kind == "nnx":
         return np.asarray(jnp.tanh(network.first(x)))
@@ -64,7 +69,9 @@ def data(rng):
     return rng.normal(size=(8, WIDTH)), rng.integers(0, CLASSES, 8)
 
 
-@pytest.mark.parametrize(("kind", "make"), [("nnx", Nnx), ("equinox", Equinox), ("pair", plain)])
+@pytest.mark.parametrize(
+    ("kind", "make"), [("nnx", Nnx), ("equinox", Equinox), ("equinox", EquinoxOfOne), ("pair", plain)]
+)
 def test_a_networks_head_sees_its_last_hidden_layer(kind, make, data):
     x, y = data
     network = make()
@@ -129,6 +136,25 @@ def test_a_program_gives_likelihood_prior_and_step_of_its_head(outputs, distribu
     np.testing.assert_array_equal(np.asarray(head.labels({"x": x, "y": y})), y)
 
 
+def test_a_program_that_maps_a_network_of_one_example_has_the_same_head(data):
+    x, y = data
+
+    def observe(f, task):
+        with numpyro.plate("n", task["x"].shape[0]):
+            numpyro.sample("y", dist.Categorical(logits=jax.vmap(f)(task["x"])), obs=task.get("y"))
+
+    def program(tasks):
+        net = ssm_nn.weights(
+            "net", EquinoxOfOne(), prior=dist.Normal(0, 0.5), transition=Static(), num_tasks=len(tasks)
+        )
+        net.over(tasks, observe)
+
+    head = program_head(program, {"x": x, "y": y})
+    assert isinstance(head.likelihood, Categorical)
+    np.testing.assert_allclose(head.features({"x": x}), hidden("equinox", EquinoxOfOne(), x), atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(head.labels({"x": x, "y": y})), y)
+
+
 @pytest.mark.parametrize(
     ("distribution", "kernel", "words"),
     [
@@ -161,3 +187,16 @@ def test_a_layer_that_does_not_give_the_outputs_is_refused(data):
         network_head(plain(), Categorical(CLASSES), x, layer="top")
     with pytest.raises(ValueError, match="the network has 3 outputs, the likelihood 4"):
         network_head(plain(), Categorical(4), x)
+
+
+def test_inputs_of_another_shape_than_the_networks_are_refused(data):
+    x, y = data
+    engine = LastLayerFilter(network_head(plain(), Categorical(CLASSES), x), Full())
+    for bad in (x[:, :2], x[:, 0], []):
+        with pytest.raises(ValueError, match=r"the inputs have shape \(.*\); \(n, 3\) is accepted"):
+            engine.update(engine.init(), {"x": bad, "y": y})
+    with pytest.raises(ValueError, match="batch is tuple; a mapping"):
+        engine.update(engine.init(), (x, y))
+    assert engine.update(engine.init(), {"x": x[:0], "y": y[:0]})[1].num_points == 0
+    with pytest.raises(ValueError, match="takes neither a batch of examples of shape"):
+        network_head(plain(), Categorical(CLASSES), x[:, :2])

@@ -52,19 +52,21 @@ def test_classes_that_come_later_are_learnt_by_partial_fit(data):
         named.partial_fit(x[:4], y[:4], classes=["oak"])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of what laplace-torch imports
 def test_laplace_torchs_full_last_layer_posterior_is_reproduced():
     torch = pytest.importorskip("torch")
     laplace = pytest.importorskip("laplace")
     rng = np.random.default_rng(0)
     x, y, tau = rng.normal(size=(20, 3)), rng.integers(0, 3, 20), 0.8
+    new = rng.normal(size=(5, 3))
     with jax.enable_x64(True):
         engine = LastLayerFilter(feature_head(Categorical(3), 3, prior_precision=tau), Full())
-        state, _ = engine.update(engine.init(), {"x": x, "y": y})
+        state, info = engine.update(engine.init(), {"x": x, "y": y})
         weights = engine.weights(state)
         scale = np.tile(engine.head.scale, 3)
         ours = (scale[:, None] * np.asarray(state.belief.matrix) * scale).reshape(3, 4, 3, 4)
-    torch.set_default_dtype(torch.float64)
-    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(3, 3))
+        predicted = engine.predict(state, new).probabilities
+    model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(3, 3)).double()
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor(weights[:, :-1]))
         model[1].bias.copy_(torch.tensor(weights[:, -1]))
@@ -80,3 +82,6 @@ def test_laplace_torchs_full_last_layer_posterior_is_reproduced():
     np.testing.assert_allclose(theirs[:9, :9], kernel, atol=1e-6)
     np.testing.assert_allclose(theirs[9:, 9:], ours[:, 3, :, 3], atol=1e-6)
     np.testing.assert_allclose(theirs[:9, 9:], ours[:, :3, :, 3].reshape(9, 3), atol=1e-6)
+    assert float(la.log_marginal_likelihood()) == pytest.approx(info.log_evidence, abs=1e-6)
+    probit = la(torch.tensor(new), pred_type="glm", link_approx="probit").numpy()
+    np.testing.assert_allclose(predicted, probit, atol=1e-6)

@@ -1,5 +1,8 @@
 """Points taken back leave no trace; ids, new classes, a walking head, and what is refused."""
 
+import pickle
+from itertools import pairwise
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from ssm_nn.inference.last_layer.kronecker_head import KroneckerHead
 from ssm_nn.inference.last_layer.last_layer_filter import LastLayerFilter
 from ssm_nn.inference.last_layer.published_rule import PublishedRule
 from ssm_nn.inference.last_layer.shared_covariance import Shared
+from ssm_nn.inference.last_layer.sites import Sites
 from ssm_nn.inference.last_layer.square_root import SquareRoot
 
 WIDTH = 3
@@ -210,6 +214,29 @@ def test_updates_of_similar_sizes_compile_once(data):
     other = engine.with_scale(2.0)
     other.update(other.init(), batch(data, 0, 7))
     assert condition_few._cache_size() == before
+
+
+def test_points_of_many_small_updates_are_copied_a_few_times_and_states_stay_apart():
+    def one(n):
+        values = [np.full((1, 2), n), np.full((1, 3), n), np.full(1, n), np.full(1, n), np.full(1, n), np.full(1, n)]
+        return Sites(*values)
+
+    sites, buffers, every = one(0), set(), []
+    for n in range(1, 400):
+        every.append(sites)
+        sites = sites.plus(one(n))
+        buffers.add(sites.features.ctypes.data)
+    assert len(buffers) < 20
+    early = next(one for one, two in pairwise(every[100:]) if one.ids.ctypes.data == two.ids.ctypes.data)
+    start = early.num_points
+    other = early.plus(one(-1)).plus(one(-2))  # from a state whose room another has taken
+    for kept in (*every, sites):
+        assert kept.ids.tolist() == list(range(kept.num_points))
+    np.testing.assert_array_equal(sites.features[:, 1], np.arange(400))
+    assert other.ids.tolist() == [*range(start), -1, -2]
+    turned = Sites(*(part[::-1] for part in early)).plus(one(7))
+    assert turned.ids.tolist() == [*range(start - 1, -1, -1), 7]
+    assert pickle.loads(pickle.dumps(sites)).plus(one(400)).ids.tolist() == list(range(401))
 
 
 def test_a_long_float32_stream_of_ill_conditioned_features_stays_right_in_square_root_form():
