@@ -127,7 +127,7 @@ class Method:
     choices: tuple[tuple[float, ...], ...]
 
 
-RATES = ((0.003,), (0.01,), (0.03,), (0.1,))
+RATES = ((0.001,), (0.003,), (0.01,), (0.03,))
 WINDOWS = ((3e5,), (6e5,), (1.2e6,))
 METHODS = {
     "SGD": Method(lambda c, s: Plain(optax.sgd(c[0]), s), ("rate",), RATES),
