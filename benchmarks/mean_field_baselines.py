@@ -131,7 +131,7 @@ RATES = ((0.001,), (0.003,), (0.01,), (0.03,))
 WINDOWS = ((3e5,), (6e5,), (1.2e6,))
 METHODS = {
     "SGD": Method(lambda c, s: Plain(optax.sgd(c[0]), s), ("rate",), RATES),
-    "Adam": Method(lambda c, s: Plain(optax.adam(c[0]), s), ("rate",), ((1e-4,), (3e-4,), (1e-3,))),
+    "Adam": Method(lambda c, s: Plain(optax.adam(c[0]), s), ("rate",), ((3e-5,), (1e-4,), (3e-4,))),
     "online EWC, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: OnlineEWC(engine, c[0]), c[1], s),
         ("strength", "rate"),
