@@ -2,8 +2,8 @@
 
 Clothes (Fashion-MNIST's test images) are told from the digits of the task just learnt by the epistemic part of the predictive
 entropy. ``auroc_*`` permutes the clothes as the task and standardises them as the digits; ``*_many_draws`` does so with 100
-draws instead of ``draws``, on every fifth image; ``*_as_published`` leaves the clothes as they are and standardises them by their
-own mean and deviation, as the authors' code does (github.com/kellian-cottart/mesu-pmnist).
+draws instead of ``draws``, on every fifth image; ``*_as_published`` leaves the clothes as they are and standardises them by
+their own mean and deviation, as the authors' code does (github.com/kellian-cottart/mesu-pmnist).
 """
 
 from __future__ import annotations
