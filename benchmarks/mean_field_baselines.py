@@ -136,7 +136,7 @@ METHODS = {
     "online EWC, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: OnlineEWC(engine, c[0]), optax.adam(c[1]), s),
         ("strength", "rate"),
-        ((1.0, 1e-3), (10.0, 1e-3), (100.0, 1e-3), (10.0, 3e-3)),
+        ((0.3, 1e-3), (1.0, 1e-3), (1.0, 3e-3), (10.0, 3e-3)),
     ),
     "SI, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: SynapticIntelligence(engine, c[0]), optax.sgd(c[1]), s),
