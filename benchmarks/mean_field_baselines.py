@@ -141,7 +141,7 @@ METHODS = {
     "SI, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: SynapticIntelligence(engine, c[0]), optax.sgd(c[1]), s),
         ("strength", "rate"),
-        ((0.01, 0.01), (0.1, 0.01), (1.0, 0.01), (0.1, 0.003)),
+        ((0.003, 0.01), (0.01, 0.01), (0.01, 0.03), (0.1, 0.01)),
     ),
     "BGD = FOO-VB diagonal": Method(
         lambda c, s: MeanField("fixed-point", INF, s, c[0]), ("spread",), ((0.5,), (1.0,), (2.0,))
