@@ -147,7 +147,6 @@ METHODS = {
         lambda c, s: MeanField("fixed-point", INF, s, c[0]), ("spread",), ((0.5,), (1.0,), (2.0,))
     ),
     "IVON's rule": Method(lambda c, s: MeanField("ivon", c[0], s), ("window",), WINDOWS),
-    "MESU, first order": Method(lambda c, s: MeanField("first-order", c[0], s), ("window",), WINDOWS),
     "MESU, fixed point": Method(lambda c, s: MeanField("fixed-point", c[0], s), ("window",), WINDOWS),
 }
 
