@@ -20,8 +20,7 @@ from ssm_nn.inference.mean_field.starts import AtPrior
 from ssm_nn.inference.mean_field.streams import Batches
 from ssm_nn.models.datasets import load
 
-# A wide belief has its expected Hessian above the Hessian at the mean. A short window leaves one, and so does a wide prior: the
-# digits are separable, and under it a longer window sharpens the classes as fast as it narrows the belief.
+# A wide belief has its expected Hessian above the Hessian at the mean. A short window leaves one, and so does a wide prior.
 PRIORS = (0.1, 1.0)
 WINDOW, WINDOWS_SEEN, BATCH, DRAWS = 200_000, 9, 32, 10
 CHECK_DRAWS = 200

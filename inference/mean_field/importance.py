@@ -6,8 +6,7 @@
 
 H the diagonal of the Hessian of -log p(y | x, w), an example, expected under the belief and averaged over the window. It lies
 above the Hessian at the mean where the belief is wide: for softmax regression of digits by 2 % at the median under the prior
-N(0, 0.1^2), by 19 % under N(0, 1), whose wide weights a longer window hardly narrows since the classes are separable
-(``benchmarks/mean_field.py hessian``). Source: Bonnet et al., arXiv 2504.13569.
+N(0, 0.1^2), by 19 % under N(0, 1) (``benchmarks/mean_field.py hessian``). Source: Bonnet et al., arXiv 2504.13569.
 """
 
 from __future__ import annotations
