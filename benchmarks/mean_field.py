@@ -4,7 +4,8 @@
     uv run python benchmarks/mean_field.py trade [--widths 50 256] [--windows 3e5 1.2e6 inf]
     uv run python benchmarks/mean_field.py hessian
     uv run python benchmarks/mean_field.py speed
-    uv run python benchmarks/mean_field.py drift
+    uv run python benchmarks/mean_field.py baselines [--tasks 10] [--seeds 0 1 2]
+    uv run --group drift python benchmarks/mean_field.py drift      # without the group, without river's
 
 Results go to ``<out>``; a run that was stopped goes on after its last whole task.
 """
@@ -15,10 +16,12 @@ import argparse
 import warnings
 from pathlib import Path
 
+import mean_field_baselines
 import mean_field_drift
 import mean_field_hessian
 import mean_field_permuted as permuted_runs
 import mean_field_speed
+from csv_files import write_csv
 from mean_field_figures import draw_stream, draw_trade
 
 OUT = Path(__file__).parent / "results" / "mean_field"
@@ -40,19 +43,25 @@ def _permuted(parsed: argparse.Namespace) -> None:
 
 
 def _trade(parsed: argparse.Namespace) -> None:
-    """Ten tasks at batch 32, every width with every window."""
-    points, table = [], []
-    for width in parsed.widths:
-        for window in parsed.windows:
-            setting = permuted_runs.Setting(
-                hidden=width, window=window, batch=32, rule="fixed-point", tasks=parsed.tasks, examples=parsed.examples
-            )
-            rows = permuted_runs.run(setting, parsed.out, all_tasks_at=(parsed.tasks,))
-            points.append((width, window, rows[-1]["all"], rows[-1]["learnt"]))
-            learnt = sum(row["learnt"] for row in rows) / len(rows)
-            table.append({"hidden": width, "window": window, "learnt_mean": learnt} | rows[-1])
-            permuted_runs.write(parsed.out / "trade.csv", table)
-            draw_trade(parsed.out / "trade.png", points)
+    """Ten tasks at batch 32, every width with every window; a row a run."""
+    table = []
+    for seed in parsed.seeds:
+        for width in parsed.widths:
+            for window in parsed.windows:
+                setting = permuted_runs.Setting(
+                    hidden=width,
+                    window=window,
+                    batch=32,
+                    rule="fixed-point",
+                    tasks=parsed.tasks,
+                    examples=parsed.examples,
+                    seed=seed,
+                )
+                rows = permuted_runs.run(setting, parsed.out, all_tasks_at=(parsed.tasks,))
+                learnt = sum(row["learnt"] for row in rows) / len(rows)
+                table.append({"hidden": width, "window": window, "seed": seed, "learnt_mean": learnt} | rows[-1])
+                write_csv(parsed.out / "trade.csv", table)
+                draw_trade(parsed.out / "trade.png", table)
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,6 +79,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     trade = commands.add_parser("trade", help="ten tasks at batch 32: window and width")
     trade.add_argument("--widths", type=int, nargs="+", default=[50, 256])
     trade.add_argument("--windows", type=float, nargs="+", default=[3e5, 1.2e6, float("inf")])
+    trade.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     trade.add_argument("--tasks", type=int, default=10)
     trade.add_argument("--examples", type=int, default=60_000)
     trade.set_defaults(run=_trade)
@@ -77,6 +87,13 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     hessian.set_defaults(run=lambda parsed: mean_field_hessian.measure(parsed.out))
     speed = commands.add_parser("speed", help="examples a second beside weight sampling and SGD")
     speed.set_defaults(run=lambda parsed: mean_field_speed.measure(parsed.out))
+    baselines = commands.add_parser("baselines", help="SGD, Adam, EWC, SI, BGD, IVON and MESU at batch 32, tuned")
+    baselines.add_argument("--tasks", type=int, default=10)
+    baselines.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    baselines.add_argument("--methods", nargs="+", default=[], choices=list(mean_field_baselines.METHODS))
+    baselines.set_defaults(
+        run=lambda parsed: mean_field_baselines.measure(parsed.out, parsed.tasks, parsed.seeds, parsed.methods)
+    )
     drift = commands.add_parser("drift", help="prequential accuracy on Electricity and weather")
     drift.set_defaults(run=lambda parsed: mean_field_drift.measure(parsed.out))
     return parser.parse_args(arguments)

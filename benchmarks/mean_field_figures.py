@@ -34,14 +34,17 @@ def draw_stream(path: Path, rows: list[dict], title: str, published: bool) -> No
     plt.close(figure)
 
 
-def draw_trade(path: Path, runs: list[tuple[int, float, float, float]]) -> None:
-    """(width, window, average over all tasks, task just learnt) of every run: what a window gives and takes."""
+def draw_trade(path: Path, rows: list[dict]) -> None:
+    """What a window gives and takes, by width: average over all tasks against the task just learnt, means over the seeds."""
     matplotlib.use("Agg")
     figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for width in sorted({run[0] for run in runs}):
-        points = sorted((window, everything, new) for w, window, everything, new in runs if w == width)
-        axis.plot([p[2] for p in points], [p[1] for p in points], "o-", label=f"{width} units")
-        for window, everything, new in points:
+    for width in sorted({row["hidden"] for row in rows}):
+        points = []
+        for window in sorted({row["window"] for row in rows if row["hidden"] == width}):
+            runs = [row for row in rows if (row["hidden"], row["window"]) == (width, window)]
+            points.append([window, *(np.mean([run[name] for run in runs]) for name in ("learnt_mean", "all"))])
+        axis.plot([p[1] for p in points], [p[2] for p in points], "o-", label=f"{width} units")
+        for window, new, everything in points:
             axis.annotate(f"{window:g}", (new, everything), textcoords="offset points", xytext=(4, 4), fontsize=7)
     axis.set(xlabel="accuracy on the task just learnt", ylabel="average over all tasks", title="by window, in examples")
     axis.legend(fontsize=8)

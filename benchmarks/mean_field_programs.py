@@ -47,9 +47,14 @@ def classifier(made, prior_scale: float = 1.0):
 def images(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Training and test images (N, 784) by MNIST's mean and deviation, and their labels."""
     data, reference = load(name), load("mnist").train_x
-    mean, deviation = reference.mean(), reference.std()
-    train, test = (((x - mean) / deviation).reshape(len(x), -1) for x in (data.train_x, data.test_x))
-    return train.astype(np.float32), data.train_y, test.astype(np.float32), data.test_y
+    train, test = (standardised(x, reference) for x in (data.train_x, data.test_x))
+    return train, data.train_y, test, data.test_y
+
+
+def standardised(x: np.ndarray, reference: np.ndarray | None = None) -> np.ndarray:
+    """Images as rows (N, 784), by the mean and deviation of all pixels of ``reference``, or of their own."""
+    reference = x if reference is None else reference
+    return ((x - reference.mean()) / reference.std()).reshape(len(x), -1).astype(np.float32)
 
 
 def permutation(seed: int, task: int) -> np.ndarray:

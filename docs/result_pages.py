@@ -71,14 +71,26 @@ PAGES = {
         "Mean-field learning without task boundaries",
         "A row is one task of permuted images, learnt batch by batch without being told where a task ends. `learnt` is the "
         "accuracy on the task just learnt, `last_five` and `all` those on the last five and on all tasks so far; the AUROC "
-        "tells known images from those of another data set.",
-        ("uv run python benchmarks/mean_field.py permuted", "uv run python benchmarks/mean_field.py hessian"),
+        "tells known images from those of another data set. Below it, width and window over ten tasks, other learners on the "
+        "same stream, prequential accuracy on two streams that drift, the curvature read off sigma, and speed.",
+        (
+            "uv run python benchmarks/mean_field.py permuted",
+            "uv run python benchmarks/mean_field.py trade",
+            "uv run python benchmarks/mean_field.py baselines",
+            "uv run --group drift python benchmarks/mean_field.py drift",
+            "uv run python benchmarks/mean_field.py hessian",
+            "uv run python benchmarks/mean_field.py speed",
+        ),
         (
             Section(
                 "mean_field/permuted-*.csv",
                 "`{stem}`, tasks at which all others were tested",
                 lambda row: bool(row["all"]),
             ),
+            Section("mean_field/trade.csv", "Width and window: ten tasks at batch 32"),
+            Section("mean_field/baselines.csv", "Other learners on the same stream: ten tasks at batch 32"),
+            Section("mean_field/drift.csv", "Prequential accuracy under drift"),
+            Section("mean_field/speed.csv", "Examples a second, and ratios"),
             Section("mean_field/hessian.csv", "The precision that each weight holds against the exact curvature"),
         ),
     ),

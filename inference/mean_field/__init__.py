@@ -1,7 +1,7 @@
 """Metaplastic mean-field learning (MESU): predict, update, smooth, one number of uncertainty a weight."""
 
 from ssm_nn.inference.mean_field.engine import Checkpoint, MeanFieldFilter
-from ssm_nn.inference.mean_field.forgetting import Window
+from ssm_nn.inference.mean_field.forgetting import Gaussian, Window
 from ssm_nn.inference.mean_field.gradients import LocalReparameterisation, WeightSampling
 from ssm_nn.inference.mean_field.importance import importance
 from ssm_nn.inference.mean_field.progress import LearningBar
@@ -19,6 +19,7 @@ __all__ = [
     "FanIn",
     "FirstOrder",
     "FixedPoint",
+    "Gaussian",
     "Ivon",
     "LearningBar",
     "LocalReparameterisation",

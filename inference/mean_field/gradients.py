@@ -12,8 +12,8 @@ which has the same expectations (Kingma, Salimans, Welling 2015, arXiv 1506.0255
 are independent normals, and an example's loss knows of the layer's weights through them alone. That holds for a leaf that
 meets an example in one product with one vector. It does not where weights are shared inside an example: a convolution's
 outputs at two places are correlated, and drawing them apart would change C. So layers with several positions, tied weights and
-all other leaves (scales of a normalisation, ...) are drawn as weights, in the same pass. Layers are found by tracing the
-program's likelihood, whatever library the network comes from.
+all other leaves (scales of a normalisation, ...) are drawn as weights, in the same pass; of layers a warning says so. They are
+found by tracing the program's likelihood, whatever library the network comes from.
 """
 
 from __future__ import annotations
@@ -181,6 +181,11 @@ class LocalReparameterisation(_Draws):
     def gather(self, space: StateSpace, mean: Tree, sigma: Tree, batch: Task, key: Array) -> Gathered:
         """See ``Estimator``."""
         layers = layers_of(space, mean, batch)
+        shared = [".".join(layer.kernel) for layer in layers if drawn_as_outputs(layer) is None]
+        if shared:
+            _warn_drawn_as_weights(
+                f"the layers {', '.join(shared)} meet an example in several positions", "their weights"
+            )
         return self._gather(space, mean, sigma, batch, key, tuple(drawn_as_outputs(layer) for layer in layers))
 
 
@@ -192,17 +197,19 @@ def layers_of(space: StateSpace, arrays: Tree, batch: Task) -> tuple[Layer, ...]
     except ValueError as error:
         if "are used" not in str(error):
             raise
-        warnings.warn(
-            f"{str(error).split(':')[0]}: outputs that share weights cannot be drawn apart, and the weights of all layers "
-            "are drawn instead",
-            stacklevel=2,
-        )
+        _warn_drawn_as_weights(str(error).split(":")[0], "the weights of all layers")
         return ()
 
 
 def drawn_as_outputs(layer: Layer) -> Layer | None:
     """The layer where its outputs may be drawn one by one: where it meets an example in one position."""
     return layer if layer.positions == 1 else None
+
+
+def _warn_drawn_as_weights(why: str, which: str) -> None:
+    warnings.warn(
+        f"{why}: outputs that share weights cannot be drawn apart, and {which} are drawn instead", stacklevel=4
+    )
 
 
 def _report(space: StateSpace, arrays: Arrays, example: Task) -> Array:

@@ -86,7 +86,8 @@ class _Forgets:
 @dataclass(frozen=True)
 class FixedPoint(_Forgets):
     """The stationary point of the free energy in sigma, the gradient held fixed: sigma is positive at any H, and log sigma
-    does not drift under a curvature that is noise about 0. With an infinite window it is BGD."""
+    does not drift under a curvature that is noise about 0. With an infinite window it is BGD, which is FOO-VB (arXiv
+    2010.00373) with a diagonal covariance."""
 
     def update(
         self, predicted: Gaussian, prior: Gaussian, rho: Array, gradient: Array, curvature: Array, trust: float

@@ -1,5 +1,8 @@
 """The filter as a whole: Kalman's sums where they are exact, loops equal to steps, bad input, failures, resuming."""
 
+import io
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +10,14 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from oracles_gaussian import Chain, condition, of_task
+from rich.console import Console
 
 from ssm_nn import stack_tasks, weights
 from ssm_nn.inference import FilterWarning
 from ssm_nn.inference.mean_field.engine import Checkpoint, MeanFieldFilter
 from ssm_nn.inference.mean_field.forgetting import Window
 from ssm_nn.inference.mean_field.gradients import Gathered, LocalReparameterisation, Outcome
+from ssm_nn.inference.mean_field.progress import LearningBar
 from ssm_nn.inference.mean_field.rules import FirstOrder, FixedPoint, Natural
 from ssm_nn.inference.mean_field.starts import AtPrior, FanIn, OwnWeights
 from ssm_nn.inference.mean_field.streams import Batches
@@ -224,6 +229,28 @@ def test_a_stopped_run_goes_on_to_the_last_bit(engine, tmp_path):
     again, info = engine.run(start, batches, checkpoint=place)  # from batch 15 on
     equal(again, whole)
     assert len(info.counted) == 3
+
+
+def test_a_stopped_run_over_a_generator_goes_on(engine, tmp_path):
+    """The batches before the checkpoint are drawn from the generator again, and left aside."""
+    batches, start = [dict(batch.data) for batch in Batches(examples(), 4)], engine.init(0, examples())
+    place = Checkpoint(tmp_path / "state.npz", 2)
+    whole, _ = engine.run(start, batches, checkpoint=Checkpoint(tmp_path / "whole.npz", 2))
+    engine.run(start, batches[:4], checkpoint=place)
+    resumed, info = engine.run(start, (batch for batch in batches), checkpoint=place)
+    equal(resumed, whole)
+    assert len(info.counted) == 2
+
+
+def test_the_bar_says_how_fast_and_how_well(engine):
+    screen = io.StringIO()
+    batches = Batches(examples(), 4)
+    with LearningBar(len(batches), console=Console(file=screen, width=120, force_terminal=True)) as bar:
+        _, info = engine.run(0, batches, progress=bar)
+    shown = screen.getvalue()
+    assert "6/6" in shown
+    assert re.search(r"[\d,]+ examples/s", shown)
+    assert f"accuracy {info.accuracy:.1%}  epistemic {np.sum(info.epistemic) / 22:.3f} nats" in shown
 
 
 def test_float32_stays_float32(engine):

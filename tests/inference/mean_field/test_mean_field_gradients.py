@@ -122,7 +122,8 @@ def test_weights_that_an_example_meets_twice_are_drawn_as_weights():
     assert layer.positions == 2
     assert drawn_as_outputs(layer) is None
     x, y, m, s = (np.asarray(a) for a in (task["x"], task["y"], mean["net"]["w"], sigma["net"]["w"]))
-    found = gathered(LocalReparameterisation(2000), space, mean, sigma, task)
+    with pytest.warns(UserWarning, match=r"net\.w meet an example in several positions.*their weights are drawn"):
+        found = gathered(LocalReparameterisation(2000), space, mean, sigma, task)
     total = x.sum(1)
     expected = (total * (m[0, 0] * total - y)).sum() / 0.25, (total**2).sum() / 0.25
     np.testing.assert_allclose(found.gradient["net"]["w"], expected[0], rtol=1e-9)
@@ -150,6 +151,7 @@ class Equinox(eqx.Module):
         return jax.vmap(lambda one: self.last(jax.nn.relu(self.first(one))))(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*several positions")
 @pytest.mark.parametrize(
     ("make", "shape", "local", "kept"),
     [

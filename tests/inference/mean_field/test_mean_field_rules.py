@@ -118,8 +118,9 @@ def test_first_order_is_the_published_rule(rng):
     np.testing.assert_allclose(found.sigma, s + d_sigma, rtol=1e-12)
 
 
-def test_the_fixed_point_with_an_infinite_window_is_bgd(rng):
-    """Zeno et al., algorithm 1 with learning rate 1: E1 = E[dL/dtheta], E2 = E[dL/dtheta e]."""
+def test_the_fixed_point_with_an_infinite_window_is_bgd_and_diagonal_foo_vb(rng):
+    """Zeno et al., algorithm 1 with learning rate 1: E1 = E[dL/dtheta], E2 = E[dL/dtheta e]; FOO-VB's closed form with a
+    diagonal covariance (arXiv 2010.00373) is the same."""
     (mu, s), prior = beliefs(rng)
     e1, e2 = rng.normal(size=50), rng.normal(size=50)
     found = step(FixedPoint(), Gaussian(mu, s), prior, 0.0, e1, e2 / s).belief
