@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 from continual_bench import Bench, forget_compiled
-from continual_cells import Store, run_cell, settings_of, tuned
+from continual_cells import Store, digest_of, run_cell, settings_of, tuned
 from continual_figures import draw
 from continual_methods import Choice, Method, method_of
 from continual_scenarios import SCENARIOS, Scenario
 from continual_settings import FULL, QUICK, VALIDATION_SEED, Budget
-from continual_summary import MEASURES, write_tables
+from continual_summary import MEASURES, recorded_cells, write_tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -93,9 +93,19 @@ def methods_for(scenario: Scenario, budget: Budget, only: list[str] | None) -> l
 
 
 def _tables(store: Store, scenario: Scenario, budget: Budget, out: Path, console: Console) -> list[dict[str, Any]]:
-    """Of all finished cells with the present settings, in the order of the scenario's methods."""
+    """Of all finished cells with the present settings, in the order of the scenario's methods; cells that were run elsewhere
+    stay as the tables have them."""
     order = scenario.method_names(budget)
     cells = [cell for cell in store.finished(scenario.name) if _is_present(cell, scenario, budget, order)]
+    here = {(cell["settings"]["method"], cell["settings"]["seed"]) for cell in cells}
+    for digest, cell in recorded_cells(out, scenario.name):
+        found = cell["settings"]
+        if found["method"] in order and (found["method"], found["seed"]) not in here:
+            method = method_of(found["method"], scenario.smoothed)
+            choice = Choice(found["strength"], found["learning_rate"])
+            settings = settings_of(scenario, method, found["seed"], budget, choice)
+            if digest == digest_of(settings):
+                cells.append(cell | {"settings": settings})
     cells.sort(key=lambda cell: (order.index(cell["settings"]["method"]), cell["settings"]["seed"]))
     if not cells:
         return []

@@ -54,8 +54,8 @@ class Store:
 
     def path(self, settings: dict[str, Any], suffix: str = ".json") -> Path:
         """Where a cell lies."""
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / settings["scenario"] / f"{settings['method']}-{settings['seed']}-{digest}{suffix}"
+        name = f"{settings['method']}-{settings['seed']}-{digest_of(settings)}{suffix}"
+        return self.folder / settings["scenario"] / name
 
     def read(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """A cell's content, or None."""
@@ -73,6 +73,11 @@ class Store:
             content = json.loads(path.read_text())
             if content.get("done"):
                 yield content
+
+
+def digest_of(settings: dict[str, Any]) -> str:
+    """What names the settings of a cell."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def settings_of(scenario: Scenario, method: Method, seed: int, budget: Budget, choice: Choice | str) -> dict[str, Any]:

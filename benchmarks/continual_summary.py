@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from continual_cells import AFTER, BEFORE, SMOOTHED
-from csv_files import write_csv
+from continual_cells import AFTER, BEFORE, SMOOTHED, digest_of
+from csv_files import read_csv, write_csv
 
 from ssm_nn.inference.metrics import forgetting
 
@@ -34,7 +34,8 @@ CELL = ("scenario", "method", "strength_name", "strength", "learning_rate", "see
 
 def cell_columns(cell: dict[str, Any]) -> dict[str, Any]:
     """What names a cell in every table."""
-    return {**{name: cell["settings"][name] for name in CELL if name != "strength_name"}, **_word(cell)}
+    named = {name: cell["settings"][name] for name in CELL if name != "strength_name"}
+    return {**named, **_word(cell), "settings": digest_of(cell["settings"])}
 
 
 def _word(cell: dict[str, Any]) -> dict[str, str]:
@@ -100,7 +101,7 @@ def summary_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for method, cell in named.items():
         own = [found for (name, _), found in measured.items() if name == method]
         line = {**cell_columns(cell), "seeds": len(own)}
-        del line["seed"]
+        del line["seed"], line["settings"]
         for measure in MEASURES:
             values = [found[measure] for found in own]
             line[measure] = float(np.mean(values))
@@ -116,6 +117,26 @@ def write_tables(folder: Path, scenario: str, cells: Sequence[dict[str, Any]]) -
     write_csv(folder / f"{scenario}-tasks.csv", (cell_columns(c) | row for c in cells for row in c["tasks"]))
     write_csv(folder / f"{scenario}-summary.csv", lines)
     return lines
+
+
+def recorded_cells(folder: Path, scenario: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The cells behind the tables that lie in a folder, each with the digest of its settings, of which it has some."""
+    cells: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
+    for table, part in ((f"{scenario}.csv", "scores"), (f"{scenario}-tasks.csv", "tasks")):
+        for row in read_csv(folder / table):
+            named = {name: row.pop(name) for name in CELL}
+            settings = {"method": named["method"], "seed": int(named["seed"])}
+            settings |= {name: float(named[name]) for name in ("strength", "learning_rate")}
+            new = {"settings": settings, "strength_name": named["strength_name"], "scores": [], "tasks": []}
+            _, cell = cells.setdefault((named["method"], named["seed"]), (row.pop("settings", ""), new))
+            cell[part].append({name: _number(name, text) for name, text in row.items() if name != "settings"})
+    yield from cells.values()
+
+
+def _number(name: str, text: str) -> Any:
+    if name == "view":
+        return text
+    return int(text) if name in ("learnt", "tested", "task", "numbers") else float(text or "nan")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shutil
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -87,6 +88,21 @@ def test_a_finished_cell_is_not_run_again(finished, monkeypatch):
     assert not updates
     np.testing.assert_equal(again, lines)
     assert {path: path.read_bytes() for path in out.glob("*.csv")} == before
+
+
+def test_lines_of_cells_that_were_run_elsewhere_stay(finished, tmp_path):
+    out, lines = finished
+    for table in out.glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    shutil.copytree(
+        out / "cells", tmp_path / "cells", ignore=lambda folder, names: [n for n in names if n[:4] == "ewc-"]
+    )
+    np.testing.assert_equal(run(tmp_path, only=["fine-tuning"]), lines)
+    for table in out.glob("*.csv"):
+        assert (tmp_path / table.name).read_bytes() == table.read_bytes()
+    others = (tmp_path / "digits.csv").read_text().replace("ewc,10.0", "ewc,20.0")
+    (tmp_path / "digits.csv").write_text(others)
+    assert [line["method"] for line in run(tmp_path, only=["fine-tuning"])] == ["fine-tuning"], "other settings"
 
 
 @pytest.mark.slow
