@@ -148,7 +148,10 @@ def costs(job: Job, rates: Rates) -> list[Cost]:
     projected = min(n, _PROJECTED_EXAMPLES)
     turned = projected * sum(2 * i * i + 2 * o * o + i * o for i, o in job.layers) / rates.product
     eigen = sum(40 * (i**3 + o**3) for i, o in job.layers) / rates.small
-    rotations = steps * sum(4 * (i * i * o + i * o * o) for i, o in job.layers) / rates.product
+    rotations = [4 * steps * (i * i * o + i * o * o) for i, o in job.layers]
+    if n > _WHOLE_TASK:  # mini-batches: the first layer's data are turned once, where that is less
+        i, o = job.layers[0]
+        rotations[0] = min(rotations[0], 2 * n * i * i + 4 * steps * _BATCH * o * o)
     return [
         cost(
             "Dense()",
@@ -157,7 +160,7 @@ def costs(job: Job, rates: Rates) -> list[Cost]:
             14 * p**3 / rates.product + steps * 2 * p * p / rates.product,
             False,
         ),
-        cost("Kronecker()", blocks, 4 * blocks + 26 * p, turned + eigen + rotations, False),
+        cost("Kronecker()", blocks, 4 * blocks + 26 * p, turned + eigen + sum(rotations) / rates.product, False),
         cost(f"LowRank({r})", p * (r + 1), p * (4 * r + 7 + 6 * (r + k)), wide + columns + around, True),
         cost("Diagonal()", p, p * (28 + 3 * k), 2 * p * n * outputs / rates.product, True),
     ]
