@@ -136,6 +136,19 @@ def _told(stream: TaskStream, world: str) -> TaskStream:
     )
 
 
+def dealt(
+    dataset: Dataset, num_tasks: int, train_size: int | None = None, test_size: int | None = None, seed: int = 0
+) -> TaskStream:
+    """``split``, whose sizes are taken as upper bounds: fewer classes a task have fewer examples."""
+    groups = np.array_split(np.arange(dataset.num_classes), num_tasks)
+
+    def bounded(labels: np.ndarray, size: int | None) -> int | None:
+        return None if size is None else min(size, *(int(np.isin(labels, group).sum()) for group in groups))
+
+    sizes = {"train_size": bounded(dataset.train_y, train_size), "test_size": bounded(dataset.test_y, test_size)}
+    return split(dataset, num_tasks, **sizes, seed=seed)
+
+
 def _least(*sizes: int | None) -> Any:
     given = [size for size in sizes if size is not None]
     return min(given) if given else None
@@ -162,8 +175,8 @@ def _of(dataset: str) -> list[Scenario]:
             methods=(*BASELINES, "low-rank", "kronecker", "kronecker-spread", "kronecker-strength-3"),
             validation_tasks=10,
         ),
-        Scenario(f"disjoint-{dataset}", dataset, split, 2),
-        Scenario(f"split-{dataset}", dataset, split, 5, world=TASK_CLASSES),
+        Scenario(f"disjoint-{dataset}", dataset, dealt, 2),
+        Scenario(f"split-{dataset}", dataset, dealt, 5, world=TASK_CLASSES),
         Scenario(f"rotated-{dataset}-drift", dataset, turned, 10, methods=(*drift, "kronecker-learnt"), smoothed=True),
         Scenario(
             f"rotated-{dataset}-drift-50",

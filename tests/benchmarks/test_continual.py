@@ -20,7 +20,7 @@ import continual_cells
 import continual_settings
 from continual_bench import Bench
 from continual_methods import Choice, method_of
-from continual_scenarios import SCENARIOS, TASK_CLASSES, Scenario, validation_data
+from continual_scenarios import SCENARIOS, TASK_CLASSES, Scenario, dealt, validation_data
 from continual_settings import Budget
 
 from ssm_nn.inference.baselines.elastic_weights import OnlineEWC
@@ -187,6 +187,13 @@ def test_strengths_are_tuned_on_no_test_example():
 
 
 @pytest.mark.slow
+def test_strengths_of_classes_dealt_out_are_tuned_on_what_examples_there_are():
+    bench = Bench(Scenario("dealt", "digits", dealt, 5), replace(TINY, validation_examples=30_000), 5, validation=True)
+    data = validation_data(load("digits"), TINY.held_out, 5)
+    fewest = min(int(np.isin(data.train_y, classes).sum()) for classes in np.array_split(np.arange(10), 2))
+    assert [bench.stream.train[t].num_examples for t in range(2)] == [fewest] * 2
+
+
 def test_classes_that_a_task_has_not_are_never_predicted(tmp_path):
     scenario = Scenario("split", "digits", split, 5, methods=("fine-tuning", "joint", "replay-200"), world=TASK_CLASSES)
     lines = run(tmp_path, scenario, seeds=[0])
