@@ -192,7 +192,7 @@ def over_examples(
         try:
             if jax.eval_shape(called, arrays, many).shape[:1] == (num,):
                 return called, mapped
-        except (TypeError, ValueError) as refusal:
+        except Exception as refusal:  # whatever a network raises where it is given what it does not take
             refusals.append(str(refusal))
     raise ValueError(
         f"the network takes neither a batch of examples of shape {rows} nor one of them: {'; '.join(refusals)}"
