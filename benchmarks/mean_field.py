@@ -95,7 +95,9 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         run=lambda parsed: mean_field_baselines.measure(parsed.out, parsed.tasks, parsed.seeds, parsed.methods)
     )
     drift = commands.add_parser("drift", help="prequential accuracy on Electricity and weather")
-    drift.set_defaults(run=lambda parsed: mean_field_drift.measure(parsed.out))
+    drift.add_argument("--streams", nargs="+", default=list(mean_field_drift.STREAMS), choices=mean_field_drift.STREAMS)
+    drift.add_argument("--seeds", type=int, default=3, help="how many, of the mean fields")
+    drift.set_defaults(run=lambda parsed: mean_field_drift.measure(parsed.out, parsed.streams, parsed.seeds))
     return parser.parse_args(arguments)
 
 

@@ -136,12 +136,12 @@ METHODS = {
     "online EWC, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: OnlineEWC(engine, c[0]), optax.adam(c[1]), s),
         ("strength", "rate"),
-        ((0.3, 1e-3), (1.0, 1e-3), (1.0, 3e-3), (10.0, 3e-3)),
+        ((1.0, 1e-3), (10.0, 1e-3), (100.0, 1e-3), (10.0, 3e-3)),
     ),
     "SI, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: SynapticIntelligence(engine, c[0]), optax.sgd(c[1]), s),
         ("strength", "rate"),
-        ((0.003, 0.01), (0.01, 0.01), (0.01, 0.03), (0.1, 0.01)),
+        ((0.01, 0.01), (0.1, 0.01), (1.0, 0.01), (0.1, 0.003)),
     ),
     "BGD = FOO-VB diagonal": Method(
         lambda c, s: MeanField("fixed-point", INF, s, c[0]), ("spread",), ((0.5,), (1.0,), (2.0,))

@@ -32,13 +32,12 @@ WINDOWS = (300.0, 1_000.0, 3_000.0, 10_000.0, float("inf"))
 HIDDEN = 32
 
 
-def measure(out: Path, seeds: int = 3) -> list[dict]:
-    """A row a method and stream: prequential accuracy, mean and standard deviation over seeds, seconds."""
-    rows, curves = [], {}
-    for stream in STREAMS:
+def measure(out: Path, streams: list[str], seeds: int) -> None:
+    """A table and a picture a stream: prequential accuracy by method, mean and standard deviation over seeds, seconds."""
+    for stream in streams:
         data = load_stream(stream)
         x = standardised(data.x)
-        curves[stream] = {}
+        rows, curves = [], {}
         for name, method in methods(x.shape[1]):
             stochastic = name.startswith("mean field")
             began = time.perf_counter()
@@ -47,11 +46,10 @@ def measure(out: Path, seeds: int = 3) -> list[dict]:
             each = [float(np.mean(c)) for c in correct]
             row = {"stream": stream, "method": name, "accuracy": np.mean(each), "sd": np.std(each), "seeds": len(each)}
             rows.append(row | {"seconds": seconds})
-            curves[stream][name] = correct[0]
+            curves[name] = correct[0]
             print(f"{stream:12s} {name:48s} {row['accuracy']:.4f} ± {row['sd']:.4f}  {seconds:.1f} s", flush=True)
-            write_csv(out / "drift.csv", rows)
-    draw(out / "drift.png", curves)
-    return rows
+            write_csv(out / f"drift-{stream}.csv", rows)
+        draw(out / f"drift-{stream}.png", stream, curves)
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
@@ -134,19 +132,18 @@ def _river() -> dict[str, Callable]:
     }
 
 
-def draw(path: Path, curves: dict[str, dict[str, np.ndarray]]) -> None:
+def draw(path: Path, title: str, curves: dict[str, np.ndarray]) -> None:
     """Running accuracy of the best window of each network, and of the others."""
     matplotlib.use("Agg")
-    figure, axes = plt.subplots(1, len(curves), figsize=(12, 4), layout="constrained")
-    for axis, (stream, named) in zip(axes, curves.items(), strict=True):
-        for kind in ("linear", f"{HIDDEN} units"):
-            best = max((n for n in named if f", {kind}," in n), key=lambda n: np.mean(named[n]))
-            axis.plot(_running(named[best]), lw=1.5, label=best)
-        for name, correct in named.items():
-            if not name.startswith("mean field"):
-                axis.plot(_running(correct), lw=0.7, label=name)
-        axis.set(title=stream, xlabel="example", ylabel="accuracy, running mean of 1,000")
-        axis.legend(fontsize=6)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for kind in ("linear", f"{HIDDEN} units"):
+        best = max((n for n in curves if f", {kind}," in n), key=lambda n: np.mean(curves[n]))
+        axis.plot(_running(curves[best]), lw=1.5, label=best)
+    for name, correct in curves.items():
+        if not name.startswith("mean field"):
+            axis.plot(_running(correct), lw=0.7, label=name)
+    axis.set(title=title, xlabel="example", ylabel="accuracy, running mean of 1,000")
+    axis.legend(fontsize=6)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

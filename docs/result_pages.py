@@ -89,7 +89,7 @@ PAGES = {
             ),
             Section("mean_field/trade.csv", "Width and window: ten tasks at batch 32"),
             Section("mean_field/baselines.csv", "Other learners on the same stream: ten tasks at batch 32"),
-            Section("mean_field/drift.csv", "Prequential accuracy under drift"),
+            Section("mean_field/drift-*.csv", "`{stem}`: prequential accuracy"),
             Section("mean_field/speed.csv", "Examples a second, and ratios"),
             Section("mean_field/hessian.csv", "The precision that each weight holds against the exact curvature"),
         ),
