@@ -109,7 +109,7 @@ def _tables(store: Store, scenario: Scenario, budget: Budget, out: Path, console
     cells.sort(key=lambda cell: (order.index(cell["settings"]["method"]), cell["settings"]["seed"]))
     if not cells:
         return []
-    lines = write_tables(out, scenario.name, cells)
+    lines = write_tables(out, scenario.name, cells, {method for method, _ in here})
     draw(out, scenario.name, cells)
     console.print(_table(scenario, lines))
     return lines

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import entr, logsumexp
+from scipy.special import entr
 
 from ssm_nn.inference.last_layer.head_predictions import PredictiveMethod, Probit
 from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo, no_change
@@ -152,7 +152,7 @@ class LastLayerMixture:
             return state, self._info(state, infos, 0.0 if not infos[0].num_points else float("nan"), began)
         joint = state.log_weights + np.array([info.log_evidence for info in infos])
         after = state._replace(heads=heads, log_weights=_normalised(joint))
-        return after, self._info(after, infos, float(logsumexp(joint)), began)
+        return after, self._info(after, infos, float(np.logaddexp.reduce(joint)), began)
 
     def remove(self, state: MixtureState, ids: Any) -> tuple[MixtureState, MixtureInfo]:
         """Take points out of the heads and of the bodies' weights, and sweep: as if they had never come.
@@ -219,7 +219,7 @@ class LastLayerMixture:
 
 
 def _normalised(logs: np.ndarray) -> np.ndarray:
-    return logs - logsumexp(logs)
+    return logs - np.logaddexp.reduce(logs)
 
 
 def _mixed(made: Sequence[Prediction], log_weights: np.ndarray) -> Prediction:
@@ -234,5 +234,5 @@ def _mixed(made: Sequence[Prediction], log_weights: np.ndarray) -> Prediction:
     between = sum(weight * np.square(one.mean - mean) for weight, one in zip(weights, made, strict=True))
     epistemic = None if aleatoric is None else entr(p).sum(axis=1) - aleatoric
     densities: list[Any] = [one.log_density for one in made]
-    scored = None if densities[0] is None else logsumexp(np.stack(densities) + log_weights[:, None], axis=0)
+    scored = None if densities[0] is None else np.logaddexp.reduce(np.stack(densities) + log_weights[:, None])
     return Prediction(mean, average("variance") + between, p, aleatoric, epistemic, scored)
