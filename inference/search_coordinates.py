@@ -4,8 +4,9 @@
     by leaf   m' + d, the optimiser's changes multiplied by  sqrt(min_j D_j / D_i),  D the diagonal of Lambda'
 
 In both, weights known well move as little as their standard deviation says, and one that is known least moves by the learning
-rate; minima stay where they are. Round coordinates cost two products with R a step; by leaf, the prior's gradient ``Lambda' d``
-serves several steps, each with the shift since by the diagonal: cheaper, but a rougher path.
+rate; minima stay where they are. Round coordinates cost two products with R a step, of which ``layer_coordinates`` spares a
+Kronecker form the largest; by leaf, the prior's gradient ``Lambda' d`` serves several steps, each with the shift since by the
+diagonal: cheaper, but a rougher path.
 """
 
 from __future__ import annotations
