@@ -101,9 +101,7 @@ def _tables(store: Store, scenario: Scenario, budget: Budget, out: Path, console
     for digest, cell in recorded_cells(out, scenario.name):
         found = cell["settings"]
         if found["method"] in order and (found["method"], found["seed"]) not in here:
-            method = method_of(found["method"], scenario.smoothed)
-            choice = Choice(found["strength"], found["learning_rate"])
-            settings = settings_of(scenario, method, found["seed"], budget, choice)
+            settings = _as_now(found, scenario, budget)
             if digest == digest_of(settings):
                 cells.append(cell | {"settings": settings})
     cells.sort(key=lambda cell: (order.index(cell["settings"]["method"]), cell["settings"]["seed"]))
@@ -119,10 +117,14 @@ def _is_present(cell: dict[str, Any], scenario: Scenario, budget: Budget, order:
     settings = cell["settings"]
     if settings["method"] not in order or "learning_rate" not in settings:
         return False
+    return settings == _as_now(settings, scenario, budget)
+
+
+def _as_now(settings: dict[str, Any], scenario: Scenario, budget: Budget) -> dict[str, Any]:
+    """What a cell of this method, seed and choice has for settings now."""
     method = method_of(settings["method"], scenario.smoothed)
-    return settings == settings_of(
-        scenario, method, settings["seed"], budget, Choice(settings["strength"], settings["learning_rate"])
-    )
+    choice = Choice(settings["strength"], settings["learning_rate"])
+    return settings_of(scenario, method, settings["seed"], budget, choice)
 
 
 def _table(scenario: Scenario, lines: list[dict[str, Any]]) -> Table:

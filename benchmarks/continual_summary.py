@@ -110,17 +110,18 @@ def summary_of(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def write_tables(folder: Path, scenario: str, cells: Sequence[dict[str, Any]], timed: Set[str]) -> list[dict[str, Any]]:
+def write_tables(folder: Path, scenario: str, cells: Sequence[dict[str, Any]], here: Set[str]) -> list[dict[str, Any]]:
     """``<scenario>.csv`` (judgements), ``<scenario>-tasks.csv`` and ``<scenario>-summary.csv``; the summary's lines.
 
     Args:
-        timed: methods whose seconds can be compared with those of fine-tuning here; the others keep the ratio that they have.
+        here: methods that were run here; the others keep the ratio of their own run. Beside a fine-tuning that was not, there
+            is none.
     """
     lines = summary_of(cells)
     before = {row["method"]: row for row in read_csv(folder / f"{scenario}-summary.csv")}
     for line in lines:
-        if line["method"] not in timed:
-            old = before.get(line["method"], {})
+        old = before.get(line["method"], {}) if line["method"] not in here else {}
+        if line["method"] not in here or "fine-tuning" not in here:
             line |= {name: float(old.get(name) or "nan") for name in ("ratio", "ratio_sd")}
     write_csv(folder / f"{scenario}.csv", (cell_columns(c) | row for c in cells for row in c["scores"]))
     write_csv(folder / f"{scenario}-tasks.csv", (cell_columns(c) | row for c in cells for row in c["tasks"]))

@@ -100,6 +100,14 @@ def test_lines_of_cells_that_were_run_elsewhere_stay(finished, tmp_path):
     np.testing.assert_equal(run(tmp_path, only=["fine-tuning"]), lines)
     for table in out.glob("*.csv"):
         assert (tmp_path / table.name).read_bytes() == table.read_bytes()
+    for run_here in ("fine-tuning", "ewc"):  # seconds of two runs are not compared
+        (tmp_path / "cells" / "digits").rename(tmp_path / "cells" / "away")
+        keep = shutil.ignore_patterns(*({"fine-tuning-*", "ewc-*"} - {f"{run_here}-*"}))
+        shutil.copytree(out / "cells" / "digits", tmp_path / "cells" / "digits", ignore=keep)
+        ratios = {line["method"]: line["ratio"] for line in run(tmp_path, only=[run_here])}
+        assert math.isnan(ratios["ewc"]) == (run_here == "ewc")
+        shutil.rmtree(tmp_path / "cells" / "digits")
+        (tmp_path / "cells" / "away").rename(tmp_path / "cells" / "digits")
     others = (tmp_path / "digits.csv").read_text().replace("ewc,10.0", "ewc,20.0")
     (tmp_path / "digits.csv").write_text(others)
     assert [line["method"] for line in run(tmp_path, only=["fine-tuning"])] == ["fine-tuning"], "other settings"
