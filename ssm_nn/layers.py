@@ -26,6 +26,7 @@ from jax.extend.core import (
 
 __all__ = [
     "Layer",
+    "TiedWeightsError",
     "Traced",
     "View",
     "bound",
@@ -99,18 +100,22 @@ class _Tracer:
         self.uses.setdefault(view.name, []).append(primitive)
 
 
+class TiedWeightsError(ValueError):
+    """A leaf meets the data more than once, where a layer of its own was asked for."""
+
+
 def find_layers(outputs: Callable[[Arrays], Array], arrays: Arrays) -> tuple[Layer, ...]:
     """The layers of ``outputs``, by abstract evaluation. A leaf in none of them is one that no layer holds.
 
     Raises:
-        ValueError: for a leaf that meets the data more than once (tied weights).
+        TiedWeightsError: for a leaf that meets the data more than once.
     """
     tracer = _Tracer(None)
     jax.eval_shape(lambda arrays: _walk_all(outputs, arrays, tracer).outputs, arrays)
     for layer in tracer.layers:
         uses = tracer.uses[layer.kernel]
         if len(uses) > 1:
-            raise ValueError(
+            raise TiedWeightsError(
                 f"the weights {'.'.join(layer.kernel)} are used {len(uses)} times (tied weights, or a network called twice a "
                 "task): Kronecker factors belong to a layer that is used once; LowRank, Diagonal and Dense are accepted"
             )

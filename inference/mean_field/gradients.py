@@ -31,7 +31,7 @@ from ssm_nn.extraction import Arrays, StateSpace
 from ssm_nn.inference.batches import single
 from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.predictive import class_log_probabilities
-from ssm_nn.layers import Layer, find_layers, run_layers
+from ssm_nn.layers import Layer, TiedWeightsError, find_layers, run_layers
 from ssm_nn.tasks import Task
 
 __all__ = [
@@ -180,25 +180,35 @@ class LocalReparameterisation(_Draws):
 
     def gather(self, space: StateSpace, mean: Tree, sigma: Tree, batch: Task, key: Array) -> Gathered:
         """See ``Estimator``."""
-        layers = layers_of(space, mean, batch)
+        layers = self._layers(space, mean, batch)
+        return self._gather(space, mean, sigma, batch, key, tuple(drawn_as_outputs(layer) for layer in layers))
+
+    def _layers(self, space: StateSpace, mean: Tree, batch: Task) -> tuple[Layer, ...]:
+        """The layers; what is drawn as weights though outputs were asked for is said."""
+        try:
+            layers = layers_of(space, mean, batch)
+        except TiedWeightsError as error:
+            tied = str(error).split(":")[0]
+            _warn_drawn_as_weights(f"{tied}, and their outputs cannot be drawn apart", "the weights of all layers")
+            return ()
+        if not layers:
+            _warn_drawn_as_weights("no layer was found in the likelihood", "all weights")
         shared = [".".join(layer.kernel) for layer in layers if drawn_as_outputs(layer) is None]
         if shared:
-            _warn_drawn_as_weights(
-                f"the layers {', '.join(shared)} meet an example in several positions", "their weights"
-            )
-        return self._gather(space, mean, sigma, batch, key, tuple(drawn_as_outputs(layer) for layer in layers))
+            names = ", ".join(shared)
+            why = f"the layers {names} meet an example in several positions, and their outputs cannot be drawn apart"
+            _warn_drawn_as_weights(why, "their weights")
+        return layers
 
 
 def layers_of(space: StateSpace, arrays: Tree, batch: Task) -> tuple[Layer, ...]:
-    """The layers in the likelihood of one example, by abstract evaluation; none, with a warning, where weights are tied."""
+    """The layers in the likelihood of one example, by abstract evaluation.
+
+    Raises:
+        TiedWeightsError: for a leaf that an example meets more than once.
+    """
     example = single(batch, jax.tree.map(lambda a: a[0], batch.data), batch.mask[0])
-    try:
-        return find_layers(lambda a: _report(space, a, example), arrays)
-    except ValueError as error:
-        if "are used" not in str(error):
-            raise
-        _warn_drawn_as_weights(str(error).split(":")[0], "the weights of all layers")
-        return ()
+    return find_layers(lambda a: _report(space, a, example), arrays)
 
 
 def drawn_as_outputs(layer: Layer) -> Layer | None:
@@ -207,9 +217,7 @@ def drawn_as_outputs(layer: Layer) -> Layer | None:
 
 
 def _warn_drawn_as_weights(why: str, which: str) -> None:
-    warnings.warn(
-        f"{why}: outputs that share weights cannot be drawn apart, and {which} are drawn instead", stacklevel=4
-    )
+    warnings.warn(f"{why}: {which} are drawn instead of outputs", stacklevel=5)
 
 
 def _report(space: StateSpace, arrays: Arrays, example: Task) -> Array:

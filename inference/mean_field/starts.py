@@ -14,6 +14,7 @@ from ssm_nn.inference.batches import with_mask
 from ssm_nn.inference.checks import check_finite, check_positive
 from ssm_nn.inference.mean_field.forgetting import Gaussian
 from ssm_nn.inference.mean_field.gradients import layers_of
+from ssm_nn.layers import TiedWeightsError
 from ssm_nn.tasks import Task
 
 __all__ = ["AtPrior", "FanIn", "OwnWeights", "Start"]
@@ -81,7 +82,11 @@ class FanIn:
     def belief(self, space: StateSpace, task: Task, key: Array) -> Gaussian:
         """See ``Start``."""
         arrays = space.layout.arrays(space.initial)
-        layers = layers_of(space, arrays, with_mask(task))
+        try:
+            layers = layers_of(space, arrays, with_mask(task))
+        except TiedWeightsError as error:
+            tied = str(error).split(":")[0]
+            raise ValueError(f"start is FanIn, but {tied}; OwnWeights(sigma) is accepted") from None
         if not layers:
             raise ValueError("start is FanIn, but no layer was found in the network; OwnWeights(sigma) is accepted")
         inputs = {name: layer.num_inputs for layer in layers for name in (layer.kernel, layer.bias) if name}

@@ -67,6 +67,7 @@ def averaged(estimator, space, mean, sigma, task, repeats):
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:no layer was found")
 def test_they_are_exact_by_quadrature_for_a_logistic_weight(estimator):
     """One weight, one input: E[grad] and E[Hessian] by Gauss-Hermite."""
 
@@ -178,6 +179,14 @@ def test_tied_weights_are_drawn_as_weights_and_it_is_said():
 
     space, mean, sigma, task = setting((apply, {"w": jnp.zeros((3, 3))}), (3,))
     with pytest.warns(UserWarning, match=r"the weights net\.w are used 2 times.*the weights of all layers are drawn"):
+        found = gathered(LocalReparameterisation(6), space, mean, sigma, task)
+    same = gathered(WeightSampling(6), space, mean, sigma, task)
+    np.testing.assert_allclose(found.gradient["net"]["w"], same.gradient["net"]["w"], rtol=1e-12)
+
+
+def test_a_program_without_layers_is_drawn_as_weights_and_it_is_said():
+    space, mean, sigma, task = setting((lambda p, x: jnp.sin(x * p["w"]), {"w": jnp.zeros(3)}), (3,))
+    with pytest.warns(UserWarning, match="no layer was found in the likelihood: all weights are drawn"):
         found = gathered(LocalReparameterisation(6), space, mean, sigma, task)
     same = gathered(WeightSampling(6), space, mean, sigma, task)
     np.testing.assert_allclose(found.gradient["net"]["w"], same.gradient["net"]["w"], rtol=1e-12)
