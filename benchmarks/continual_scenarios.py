@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from continual_settings import PRIOR_SCALE, Budget
 
-from ssm_nn import Task
+from ssm_nn import Task, stack_tasks
 from ssm_nn.models.datasets import Dataset
 from ssm_nn.models.streams import (
     LazyTasks,
@@ -120,13 +120,14 @@ def _told(stream: TaskStream, world: str) -> TaskStream:
     def told(tasks: Any, t: int) -> Task:
         task = tasks[t]
         if world == KNOWN_PERMUTATION:
-            return Task(task.data, {"permutation": task.context["permutation"]})
+            return Task(task.data, {"permutation": task.context["permutation"]}, task.mask)
         if world == KNOWN_ROTATION:
-            return Task(task.data, {"rotation": rotation(t)})
+            return Task(task.data, {"rotation": rotation(t)}, task.mask)
         if world == TASK_CLASSES:
             # beside each example, so that joint training and replay meet them too
-            return Task(task.data | {"classes": np.tile(task.context["classes"], (task.num_examples, 1))})
-        return Task(task.data)
+            beside = np.tile(task.context["classes"], (task.num_examples, 1))
+            return Task(task.data | {"classes": beside}, mask=task.mask)
+        return Task(task.data, mask=task.mask)
 
     count = len(stream)
     return replace(
@@ -139,14 +140,19 @@ def _told(stream: TaskStream, world: str) -> TaskStream:
 def dealt(
     dataset: Dataset, num_tasks: int, train_size: int | None = None, test_size: int | None = None, seed: int = 0
 ) -> TaskStream:
-    """``split``, whose sizes are taken as upper bounds: fewer classes a task have fewer examples."""
+    """``split``, whose sizes are taken as upper bounds: fewer classes a task have fewer examples.
+
+    Training tasks are padded to the largest under a mask, so that engines compile once.
+    """
     groups = np.array_split(np.arange(dataset.num_classes), num_tasks)
 
     def bounded(labels: np.ndarray, size: int | None) -> int | None:
         return None if size is None else min(size, *(int(np.isin(labels, group).sum()) for group in groups))
 
     sizes = {"train_size": bounded(dataset.train_y, train_size), "test_size": bounded(dataset.test_y, test_size)}
-    return split(dataset, num_tasks, **sizes, seed=seed)
+    made = split(dataset, num_tasks, **sizes, seed=seed)
+    padded = stack_tasks(made.train[t] for t in range(num_tasks))
+    return replace(made, train=LazyTasks(padded.at, num_tasks))
 
 
 def _least(*sizes: int | None) -> Any:
