@@ -35,6 +35,7 @@ PAGES = {
             "ssm_nn.models.rotations",
             "ssm_nn.models.networks",
             "ssm_nn.models.image_networks",
+            "ssm_nn.convolutions",
             "ssm_nn.models.programs",
             "ssm_nn.models.multi_head",
             "ssm_nn.models.low_rank_perturbation",

@@ -3,7 +3,7 @@
     y[n, p, o] = sum_{w, c} x[n, stride p + dilation w, c] K[w, c, o]
 
 is what ``jax.lax.conv_general_dilated`` computes. Inside ``lax.scan`` XLA's CPU compiler runs the convolutions of its gradient
-in plain loops, 20 to 30 times slower than outside (github.com/jax-ml/jax/issues/12868), and every engine here trains inside
+in plain loops, 15 to 34 times slower than outside (github.com/jax-ml/jax/issues/12868), and every engine here trains inside
 ``lax.scan``. So on a CPU the gradient is that of the same sum written as one matrix product over windows, which has no such
 weakness:
 
