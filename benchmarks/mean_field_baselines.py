@@ -129,22 +129,31 @@ class Method:
 
 
 RATES = ((0.001,), (0.003,), (0.01,), (0.03,))
-WINDOWS = ((3e5,), (6e5,), (1.2e6,))
+WINDOWS = ((3e5,), (6e5,), (1.2e6,), (2.4e6,))
 METHODS = {
     "SGD": Method(lambda c, s: Plain(optax.sgd(c[0]), s), ("rate",), RATES),
     "Adam": Method(lambda c, s: Plain(optax.adam(c[0]), s), ("rate",), ((3e-5,), (1e-4,), (3e-4,))),
     "online EWC, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: OnlineEWC(engine, c[0]), optax.adam(c[1]), s),
         ("strength", "rate"),
-        ((1.0, 1e-3), (10.0, 1e-3), (100.0, 1e-3), (10.0, 3e-3)),
+        ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (10.0, 1e-3), (100.0, 1e-3), (10.0, 3e-3), (0.3, 3e-4), (1.0, 3e-4)),
     ),
     "SI, boundaries given": Method(
         lambda c, s: Bounded(lambda engine: SynapticIntelligence(engine, c[0]), optax.sgd(c[1]), s),
         ("strength", "rate"),
-        ((0.01, 0.01), (0.1, 0.01), (1.0, 0.01), (0.1, 0.003)),
+        (
+            (0.001, 0.01),
+            (0.003, 0.01),
+            (0.01, 0.01),
+            (0.1, 0.01),
+            (1.0, 0.01),
+            (0.1, 0.003),
+            (0.003, 0.03),
+            (0.01, 0.03),
+        ),
     ),
     "BGD = FOO-VB diagonal": Method(
-        lambda c, s: MeanField("fixed-point", INF, s, c[0]), ("spread",), ((0.5,), (1.0,), (2.0,))
+        lambda c, s: MeanField("fixed-point", INF, s, c[0]), ("spread",), ((0.5,), (1.0,), (2.0,), (4.0,))
     ),
     "IVON's rule": Method(lambda c, s: MeanField("ivon", c[0], s), ("window",), WINDOWS),
     "MESU, fixed point": Method(lambda c, s: MeanField("fixed-point", c[0], s), ("window",), WINDOWS),
