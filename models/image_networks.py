@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssm_nn.convolutions import conv_general_dilated
 from ssm_nn.models.networks import GroupNorm
 
 __all__ = ["alexnet", "lenet", "resnet18"]
@@ -183,7 +184,7 @@ def resnet18(
 def _convolution(h: Array, kernel: Array, stride: int, border: int) -> Array:
     dtype = jnp.result_type(h, kernel)  # the convolution itself promotes nothing
     pads = ((border, border), (border, border))
-    return lax.conv_general_dilated(
+    return conv_general_dilated(
         h.astype(dtype), kernel.astype(dtype), (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ssm_nn.convolutions import conv_general_dilated
+
 __all__ = ["ACTIVATIONS", "GroupNorm", "cnn", "mlp"]
 
 Array = Any
@@ -155,7 +157,7 @@ def _halving_convolution(h: Array, kernel: Array) -> Array:
     """(N, H, W, in) by (3, 3, in, out) -> (N, ceil(H / 2), ceil(W / 2), out): the output (r, c) is centred on the pixel
     (2 r, 2 c), whatever the parity of H and W."""
     dtype = jnp.result_type(h, kernel)  # the convolution itself promotes nothing
-    return lax.conv_general_dilated(
+    return conv_general_dilated(
         h.astype(dtype), kernel.astype(dtype), (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
