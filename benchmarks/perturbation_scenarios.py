@@ -121,9 +121,12 @@ def _drawings() -> Any:
     return omniglot()
 
 
-def _split_cifar(budget: Budget, seed: int, order: int) -> TaskStream:
-    groups = [[2 * k, 2 * k + 1] for k in range(5)]
-    return own_heads(_data("cifar10_jpeg"), groups, _order(order, 5), budget.examples, None, seed)
+def _split_cifar(most: int | None, flatten: bool) -> Callable[[Budget, int, int], TaskStream]:
+    def stream(budget: Budget, seed: int, order: int) -> TaskStream:
+        groups, examples = [[2 * k, 2 * k + 1] for k in range(5)], budget.examples or most
+        return own_heads(_data("cifar10_jpeg"), groups, _order(order, 5), examples, None, seed, flatten)
+
+    return stream
 
 
 def _cifar100(make: Any, orders: dict[str, tuple[int, ...]]) -> Callable[[Budget, int, int], TaskStream]:
@@ -177,16 +180,16 @@ SCENARIOS = {
             methods=("perturbation", "single", "fine-tuning"),
         ),
         Scenario(
-            "split-cifar10-small",  # 1,000 images a task, a narrow LeNet: what a core does in minutes
-            _split_cifar,
-            _narrow_lenet((8, 16), (128, 64)),
-            Budget(8, 1, 4, 3, examples=1000, curvature=500),
-            batch_size=32,
+            "split-cifar10-mlp",  # 2,000 images a task: what a core does in minutes
+            _split_cifar(2000, True),
+            _mlp(200),
+            Budget(10, 1, 5, 4),
+            batch_size=64,
             growth=0.2,
             num_orders=5,
             methods=("perturbation", "fixed", "fine-tuning", "ewc", "packed", "single"),
         ),
-        Scenario("split-cifar10", _split_cifar, _lenet, Budget(12, 2, 5, 5), growth=0.2, num_orders=5),
+        Scenario("split-cifar10", _split_cifar(None, False), _lenet, Budget(12, 2, 5, 5), growth=0.2, num_orders=5),
         Scenario(
             "cifar100-split", _cifar100(cifar100_split, SPLIT_ORDERS), _lenet, Budget(20, 1, 10, 10), growth=0.2, num_orders=5
         ),
