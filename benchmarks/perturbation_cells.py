@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from perturbation_scenarios import PRIOR_SCALE, Scenario, learner
+from perturbation_scenarios import L1, OWN_RATE, PRIOR_SCALE, RATE, Scenario, learner
 
 from ssm_nn import Task
 from ssm_nn.inference import metrics
@@ -62,7 +62,7 @@ class Cells:
 def settings_of(scenario: Scenario, method: str, order: int, seed: int) -> dict[str, Any]:
     """All that a result depends on, but for the code."""
     common = {"batch_size": scenario.batch_size, "growth": scenario.growth, "prior_scale": PRIOR_SCALE}
-    common["cap"] = scenario.cap
+    common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": [RATE, OWN_RATE], "l1": L1}
     common["budget"] = asdict(scenario.budget)
     return {"scenario": scenario.name, "method": method, "order": order, "seed": seed, "common": common}
 
@@ -110,10 +110,15 @@ def _task_by_task(cells: Cells, cell: dict[str, Any], made: Any, stream: TaskStr
     for t in range(len(cell["tasks"]), len(stream)):
         report(t, len(stream))
         task = stream.train[t]
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         state, info = made.update(state, task)
         jax.block_until_ready(state[2])
-        row: dict[str, Any] = {"task": int(task.context["task"]), "seconds": time.perf_counter() - began}
+        # CPU seconds beside wall time: they stand still while other processes have the cores
+        row: dict[str, Any] = {
+            "task": int(task.context["task"]),
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - spent,
+        }
         if info is not None:
             row |= {"phases": info.seconds, "ranks": info.ranks, "pruned": info.pruned}
             row["predicted_change"] = info.predicted_change

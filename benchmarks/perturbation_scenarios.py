@@ -27,6 +27,8 @@ from ssm_nn.models.omniglot import omniglot, omniglot_rotation
 from ssm_nn.models.streams import TaskStream, permuted
 
 PRIOR_SCALE = 0.2
+RATE, OWN_RATE = 3e-3, 1e-2  # Adam's, of all weights and of a task's own parameters; they fall to zero on a cosine
+L1 = 1.7e-4  # beside the mean loss: of factors whose entries are cut
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,17 @@ class Budget:
     """How much is run; None sets no bound.
 
     Attributes:
-        epochs: a task, and of fine-tuning.
-        warm_up: epochs of free training before it.
+        epochs: of all weights: the first task, and every task of the baselines.
+        warm_up, tune, refit: epochs of a later task of ours: of all weights, of its own parameters, and again after entries
+            are cut. Methods that cut nothing, or nothing but at the end, fine-tune for ``tune + refit``.
         num_tasks, examples: at most.
         curvature: examples behind factors and quadratics.
     """
 
     epochs: int
     warm_up: int
+    tune: int
+    refit: int
     num_tasks: int | None = None
     examples: int | None = None
     curvature: int = 2000
@@ -59,6 +64,7 @@ class Scenario:
         batch_size: of all methods.
         growth: limit for the later tasks together.
         cap: most directions a layer that are looked at: far more than the limit has room for.
+        spread: how often the room for directions is filled before entries are cut.
         num_orders: orders that are run, the natural one first.
         methods: run by default.
     """
@@ -70,16 +76,17 @@ class Scenario:
     batch_size: int = 128
     growth: float = 0.6
     cap: int = 100
+    spread: float = 4.0
     num_orders: int = 1
     methods: tuple[str, ...] = (
-        "perturbation", "paper", "paper-all", "evidence", "fixed", "chain", "single", "fine-tuning", "l2", "ewc", "packed",
-        "joint",
+        "perturbation", "whole", "paper", "paper-all", "evidence", "fixed", "chain", "single", "fine-tuning", "l2", "ewc",
+        "packed", "joint",
     )  # fmt: skip
 
     def quick(self) -> Scenario:
         """The same, to see that it runs."""
         few = min(self.budget.num_tasks or 3, 3)
-        return replace(self, budget=Budget(1, 1, num_tasks=few, examples=1280, curvature=200))
+        return replace(self, budget=Budget(1, 1, 1, 1, num_tasks=few, examples=1280, curvature=200))
 
 
 @cache
@@ -101,10 +108,12 @@ def _permuted(flatten: bool) -> Callable[[Budget, int, int], TaskStream]:
     return stream
 
 
-def _omniglot(budget: Budget, seed: int, order: int) -> TaskStream:
-    drawings = _drawings()
-    num = budget.num_tasks or 80
-    return omniglot_rotation(drawings, num, seed=seed, order=_order(order, num))
+def _omniglot(flatten: bool) -> Callable[[Budget, int, int], TaskStream]:
+    def stream(budget: Budget, seed: int, order: int) -> TaskStream:
+        num = budget.num_tasks or 80
+        return omniglot_rotation(_drawings(), num, seed=seed, order=_order(order, num), flatten=flatten)
+
+    return stream
 
 
 @cache
@@ -112,10 +121,12 @@ def _drawings() -> Any:
     return omniglot()
 
 
-def _split_cifar(budget: Budget, seed: int, order: int) -> TaskStream:
-    groups = [[2 * k, 2 * k + 1] for k in range(5)]
-    tests = None if budget.examples is None else 500
-    return own_heads(_data("cifar10_jpeg"), groups, _order(order, 5), budget.examples, tests, seed)
+def _split_cifar(most: int | None, flatten: bool) -> Callable[[Budget, int, int], TaskStream]:
+    def stream(budget: Budget, seed: int, order: int) -> TaskStream:
+        groups, examples = [[2 * k, 2 * k + 1] for k in range(5)], budget.examples or most
+        return own_heads(_data("cifar10_jpeg"), groups, _order(order, 5), examples, None, seed, flatten)
+
+    return stream
 
 
 def _cifar100(make: Any, orders: dict[str, tuple[int, ...]]) -> Callable[[Budget, int, int], TaskStream]:
@@ -134,24 +145,59 @@ def _lenet(inputs: tuple[int, ...], classes: int, seed: int) -> tuple[Any, str]:
     return lenet(inputs, classes, seed=seed), "head.*"
 
 
-def _small_lenet(inputs: tuple[int, ...], classes: int, seed: int) -> tuple[Any, str]:
-    return lenet(inputs, classes, (16, 32), (256, 128), seed=seed), "head.*"
+def _narrow_lenet(channels: tuple[int, int], hidden: tuple[int, int]) -> Callable[..., tuple[Any, str]]:
+    return lambda inputs, classes, seed: (lenet(inputs, classes, channels, hidden, seed=seed), "head.*")
 
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("permuted-mnist", _permuted(True), _mlp(100), Budget(3, 1), cap=32),
-        Scenario("permuted-mnist-wide", _permuted(True), _mlp(1000), Budget(3, 1)),
-        Scenario("permuted-mnist-lenet", _permuted(False), _lenet, Budget(3, 1), methods=("perturbation", "paper", "single")),
-        Scenario("omniglot-rotation", _omniglot, _small_lenet, Budget(20, 5), batch_size=64, growth=10.0),
-        Scenario("split-cifar10", _split_cifar, _lenet, Budget(10, 2), growth=0.2, num_orders=5),
-        Scenario("cifar100-split", _cifar100(cifar100_split, SPLIT_ORDERS), _lenet, Budget(20, 1), growth=0.2, num_orders=5),
+        Scenario("permuted-mnist", _permuted(True), _mlp(100), Budget(5, 1, 2, 2), cap=32),
+        Scenario("permuted-mnist-wide", _permuted(True), _mlp(1000), Budget(5, 1, 2, 2)),
+        Scenario(
+            "permuted-mnist-lenet",
+            _permuted(False),
+            _lenet,
+            Budget(5, 1, 2, 2),
+            methods=("perturbation", "paper", "single"),
+        ),
+        Scenario(
+            "omniglot-rotation",
+            _omniglot(False),
+            _narrow_lenet((16, 32), (256, 128)),
+            Budget(25, 5, 10, 10),
+            batch_size=64,
+            growth=10.0,
+        ),
+        Scenario(
+            "omniglot-rotation-mlp",  # what a core does in minutes
+            _omniglot(True),
+            _mlp(200),
+            Budget(20, 4, 8, 8),
+            batch_size=64,
+            growth=4.0,
+            cap=32,
+            methods=("perturbation", "single", "fine-tuning"),
+        ),
+        Scenario(
+            "split-cifar10-mlp",  # 2,000 images a task: what a core does in minutes
+            _split_cifar(2000, True),
+            _mlp(200),
+            Budget(10, 1, 5, 4),
+            batch_size=64,
+            growth=0.2,
+            num_orders=5,
+            methods=("perturbation", "fixed", "fine-tuning", "ewc", "packed", "single"),
+        ),
+        Scenario("split-cifar10", _split_cifar(None, False), _lenet, Budget(12, 2, 5, 5), growth=0.2, num_orders=5),
+        Scenario(
+            "cifar100-split", _cifar100(cifar100_split, SPLIT_ORDERS), _lenet, Budget(20, 1, 10, 10), growth=0.2, num_orders=5
+        ),
         Scenario(
             "cifar100-superclass",
             _cifar100(cifar100_superclasses, SUPERCLASS_ORDERS),
             _lenet,
-            Budget(20, 1),
+            Budget(20, 1, 10, 10),
             growth=0.2,
             num_orders=5,
         ),
@@ -166,22 +212,34 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
     network, head = scenario.network(inputs, stream.num_classes, seed)
     program = multi_head(network, head, PRIOR_SCALE)
     growth = Growth(scenario.growth, max(len(stream), 2))
-    own = {
-        "perturbation": {"directions": Whitened(), "allocation": ExactQuadratic(), "growth": growth},
-        "paper": {"directions": PlainSVD(), "allocation": PaperShare(0.9), "growth": growth, "pruning": OwnTask()},
-        "paper-all": {"directions": PlainSVD(), "allocation": PaperShare(0.9), "growth": growth, "pruning": AllTasks()},
-        "evidence": {"directions": Whitened(), "allocation": Evidence(), "growth": growth},
-        "fixed": {"directions": PlainSVD(), "allocation": FixedRank(3), "growth": growth},
-        "chain": {"directions": Whitened(), "allocation": ExactQuadratic(), "growth": growth, "graph": Chain()},
+    num_examples, size = stream.train[0].num_examples, scenario.batch_size
+    steps = -(-num_examples // size)  # an epoch
+    thinned = {
+        "directions": Whitened(),
+        "growth": growth,
+        "pruning": OwnTask(scenario.spread, _adam(OWN_RATE, budget.refit, size, budget.refit * steps)),
+        "prior": SitePrior(l1=L1 * num_examples),
+        "fine_tuning": _adam(OWN_RATE, budget.tune, size, None),
     }
+    own: dict[str, dict[str, Any]] = {
+        "perturbation": {**thinned, "allocation": ExactQuadratic()},
+        "whole": {"directions": Whitened(), "allocation": ExactQuadratic(), "growth": growth},
+        "paper": {"allocation": PaperShare(0.9), "growth": growth, "pruning": OwnTask()},
+        "paper-all": {"allocation": PaperShare(0.9), "growth": growth, "pruning": AllTasks()},
+        "evidence": {**thinned, "allocation": Evidence()},
+        "fixed": {"allocation": FixedRank(3), "growth": growth},
+        "chain": {**thinned, "allocation": ExactQuadratic(), "graph": Chain()},
+    }
+    whole = budget.tune + budget.refit
+    plain = {"directions": PlainSVD(), "prior": SitePrior(), "fine_tuning": _adam(OWN_RATE, whole, size, whole * steps)}
+    free_steps = budget.epochs * steps * (len(stream) if method == "joint" else 1)
     engine = PerturbationFilter(
         program,
-        minibatch=_minibatch(budget.epochs, scenario.batch_size),
+        minibatch=_adam(RATE, budget.epochs, size, free_steps),
         warm_up_epochs=budget.warm_up,
-        prior=SitePrior(),
         curvature_examples=budget.curvature,
         cap=scenario.cap,
-        **own.get(method, {"directions": PlainSVD()}),
+        **{**plain, **own.get(method, {})},
     )
     free = {
         "single": SingleTask(),
@@ -194,5 +252,7 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
 
 
 @cache
-def _minibatch(epochs: int, batch_size: int) -> Minibatch:
-    return Minibatch(optax.adam(1e-3), epochs=epochs, batch_size=batch_size)
+def _adam(rate: float, epochs: int, batch_size: int, steps: int | None) -> Minibatch:
+    """At a constant rate, or at one that falls to zero within ``steps``."""
+    schedule = rate if steps is None else optax.cosine_decay_schedule(rate, steps)
+    return Minibatch(optax.adam(schedule), epochs=epochs, batch_size=batch_size)

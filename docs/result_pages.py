@@ -113,8 +113,9 @@ PAGES = {
     ),
     "perturbation": Page(
         "Low-rank perturbation",
-        "Tasks with known identity, each a low-rank perturbation of the first.",
-        ("uv run python benchmarks/perturbation.py permuted-mnist --methods perturbation --seeds 0",),
+        "Tasks with known identity, each a low-rank perturbation of the first. `growth` is what the later tasks add, as a "
+        "share of the first; `aopd` and `mopd` are mean and largest disparity of a task's accuracy over orders.",
+        ("uv run python benchmarks/perturbation.py permuted-mnist permuted-mnist-wide",),
         (Section("perturbation/*.csv", "`{stem}`"),),
     ),
     "cost": Page(

@@ -8,10 +8,15 @@ from ssm_nn.inference.perturbation.fitting import SitePrior
 from ssm_nn.inference.perturbation.graphs import Chain, Star, UncertainBase
 from ssm_nn.inference.perturbation.joint import train_jointly
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
+from ssm_nn.inference.perturbation.published import CIFAR100, FIVE_DATASETS, PERMUTED_MNIST, TINY_IMAGENET, Published
 from ssm_nn.inference.perturbation.state import PerturbationState, Storage, UpdateInfo
 from ssm_nn.inference.perturbation.task_posteriors import posterior_of
 
 __all__ = [
+    "CIFAR100",
+    "FIVE_DATASETS",
+    "PERMUTED_MNIST",
+    "TINY_IMAGENET",
     "AllTasks",
     "Chain",
     "ElasticHeads",
@@ -28,6 +33,7 @@ __all__ = [
     "PerturbationFilter",
     "PerturbationState",
     "PlainSVD",
+    "Published",
     "SingleTask",
     "SitePrior",
     "Star",

@@ -112,16 +112,18 @@ class ExactQuadratic:
     needs_quadratic, needs_sensitivity = True, False
 
     def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
-        """Greedy; without a budget a direction is dropped only while that lowers the loss."""
+        """Greedy, until the rest fits; without a budget a direction is dropped only while that lowers the loss.
+
+        Under a budget nothing is dropped beyond need: that far from all directions the quadratic sees gains that are none.
+        """
         matrix = scores.matrix.astype(float)
         slope = scores.linear.astype(float) * self.gradient
         half, cost = np.diag(matrix) / 2, scores.cost.astype(float)
         keep = np.ones(len(cost), bool)
-        limit = np.inf if budget is None else budget
-        while keep.any():
+        while keep.any() and (budget is None or cost[keep].sum() > budget):
             change = np.where(keep, slope + half, np.inf)
             dropped = int(np.argmin(change / cost))
-            if change[dropped] >= 0 and cost[keep].sum() <= limit:
+            if budget is None and change[dropped] >= 0:
                 break
             keep[dropped] = False
             slope = slope + matrix[:, dropped]

@@ -145,17 +145,25 @@ def _statistics(
             window = int(np.prod([block.shape[i] for i in block.window_axes], dtype=int))
             seen = jnp.sum(a.reshape(a.shape[0], block.num_inputs, window), axis=-1)
             square = jnp.sum(jnp.square(a)) * jnp.sum(jnp.square(e)) if len(a) == 1 else jnp.sum(jnp.square(a.T @ e))
-            flat = g.reshape(-1, g.shape[-1])
-            made.append((seen.T @ seen / len(a), flat.T @ flat, square))
+            made.append((seen / np.sqrt(len(a)), g.reshape(-1, g.shape[-1]), square))
         return made
+
+    def gram(rows: Array) -> Array:
+        flat = rows.reshape(-1, rows.shape[-1])
+        return flat.T @ flat
 
     def step(sums: Any, indices: Array) -> tuple[Any, None]:
         batch = rows(task, indices)
         found = jax.vmap(of_example)(batch.data, batch.mask)
-        return jax.tree.map(lambda s, new: s + jnp.sum(new, axis=0), sums, (found, batch.mask.astype(int))), None
+        # one product for all examples of a chunk: a matrix for each would be written to memory, and read again
+        new = [(gram(a), gram(g), jnp.sum(square)) for a, g, square in found], jnp.sum(batch.mask)
+        return jax.tree.map(jnp.add, sums, new), None
 
-    shapes = jax.eval_shape(lambda: of_example(jax.tree.map(lambda a: a[0], task.data), jnp.asarray(True)))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    dtype = theta.dtype
+    zeros = [
+        (jnp.zeros((b.num_inputs,) * 2, dtype), jnp.zeros((b.num_outputs,) * 2, dtype), jnp.zeros((), dtype))
+        for b in blocks
+    ]
     (sums, count), _ = jax.lax.scan(step, (zeros, jnp.zeros((), int)), chunks)
     number = jnp.maximum(count, 1)
     sides = tuple(Sides(a / number, g / number) for a, g, _ in sums)

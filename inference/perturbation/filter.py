@@ -40,12 +40,14 @@ from ssm_nn.inference.perturbation.fitting import (
     Surroundings,
     fit,
     joined,
+    standing,
 )
 from ssm_nn.inference.perturbation.graphs import Graph, Star
 from ssm_nn.inference.perturbation.posterior import diagonal_information, own_belief
 from ssm_nn.inference.perturbation.proposal import Proposal, Recipe, Watch, take_apart, truncated
 from ssm_nn.inference.perturbation.pruning import Growth, Pruning
 from ssm_nn.inference.perturbation.reading import Reading, read_program
+from ssm_nn.inference.perturbation.spending import Spending, base_numbers
 from ssm_nn.inference.perturbation.state import (
     PerturbationState,
     Storage,
@@ -68,15 +70,16 @@ class PerturbationFilter:
     Args:
         program: leaves that stand still (``Static``) are shared kernels of dense or convolutional layers, each used once;
             leaves drawn anew with every task (``OrnsteinUhlenbeck(0)``) are the task's own. ``multi_head`` writes one.
-        minibatch: optimiser, epochs and batch size of the first task and of fine-tuning.
+        minibatch: optimiser, epochs and batch size of the first task, and of the warm-up but for its epochs.
+        fine_tuning: those of a later task's own parameters; None takes ``minibatch``. Factors bear larger steps than weights.
         warm_up_epochs: of free training.
         prior: of the scales and factors.
         directions: how the residual is taken apart.
         allocation: which directions are kept.
         graph: whose kernels a task perturbs.
         growth: what later tasks may add together; None sets no limit.
-        pruning: None lets the allocation keep within ``growth``; else the allocation is free, and entries are cut
-            after fine-tuning.
+        pruning: None lets the allocation keep within ``growth``; else the allocation is freer, and entries are cut after
+            fine-tuning.
         cap: most directions a layer that are looked at; None looks at all.
         sweeps: of the least squares for the scales.
         curvature_examples: behind the Kronecker factors, the quadratic and the Laplace posterior.
@@ -90,6 +93,7 @@ class PerturbationFilter:
         program: Program,
         *,
         minibatch: Minibatch | None = None,
+        fine_tuning: Minibatch | None = None,
         warm_up_epochs: int = 1,
         prior: SitePrior | None = None,
         directions: Directions | None = None,
@@ -110,6 +114,7 @@ class PerturbationFilter:
             raise ValueError("pruning is given without growth; it cuts to a budget: give growth=Growth(...) too")
         self.program = program
         self.minibatch = Minibatch() if minibatch is None else minibatch
+        self.fine_tuning = self.minibatch if fine_tuning is None else fine_tuning
         self.warm_up_epochs, self.cap, self.sweeps = warm_up_epochs, cap, sweeps
         self.prior = SitePrior() if prior is None else prior
         self.directions = Whitened() if directions is None else directions
@@ -118,6 +123,7 @@ class PerturbationFilter:
         self.growth, self.pruning = growth, pruning
         self.curvature_examples = curvature_examples
         self.hypers = {name: jnp.asarray(value) for name, value in dict(hypers or {}).items()}
+        self._spending = Spending(growth, pruning)
         self._reading: Reading | None = None
 
     def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> PerturbationState:
@@ -145,9 +151,9 @@ class PerturbationFilter:
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
         if not state.records:
             return self._first(state, task, identity)
-        room = self._room(state)  # before the work
+        room = self._spending.room(self._known(), state)  # before the work
         proposal = self.propose(state, task)
-        keep = self.allocation.choose(proposal.scores, None if self.pruning is not None else room)
+        keep = self.allocation.choose(proposal.scores, self._spending.budget(room))
         return self.finish(state, task, proposal, keep)
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
@@ -187,16 +193,22 @@ class PerturbationFilter:
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
         start = OwnParameters(reading.own(proposal.free), truncated(proposal.factors, keep), moving)
-        passes = fit(kind, self.minibatch, start, around, task, jax.random.fold_in(state.key, 2))
+        passes = fit(kind, self.fine_tuning, start, around, task, jax.random.fold_in(state.key, 2))
         own = start if passes.status == NOT_FINITE else passes.carry
         self._warn(state.step, NOT_FINITE if proposal.status == NOT_FINITE else passes.status)
         watch.lap("fine_tune", own)
         record = TaskRecord(identity, _stored(own.own), tuple(f.trimmed() for f in own.factors))
-        records, pruned = (*state.records, record), 0
-        room = self._room(state, with_least=True)
-        if self.pruning is not None and self.growth is not None and room is not None:
-            allowed = self.growth.limit * self._base_numbers(state)
-            records, pruned = self.pruning.prune(records, allowed, room)
+        records, pruned = self._spending.pruned(reading, state, record)
+        if pruned and self.pruning is not None and self.pruning.refit is not None:
+            left = own._replace(
+                factors=tuple(f.padded(b.cap) for b, f in zip(reading.blocks, records[-1].factors, strict=True))
+            )
+            held, key = around._replace(moves=standing(left)), jax.random.fold_in(state.key, 3)
+            passes = fit(kind, self.pruning.refit, left, held, task, key)
+            own = left if passes.status == NOT_FINITE else passes.carry
+            self._warn(state.step, passes.status)
+            record = TaskRecord(identity, _stored(own.own), tuple(f.trimmed() for f in own.factors))
+            records = (*records[:-1], record)
         base, precision = state.base, state.precision
         if self.graph.base_moves:
             found = diagonal_information(kind, own, around, task, state.key, self.curvature_examples)
@@ -312,13 +324,11 @@ class PerturbationFilter:
 
     def storage(self, state: PerturbationState) -> Storage:
         """Numbers kept for all tasks so far."""
-        return Storage(self._base_numbers(state), tuple(record_numbers(r) for r in state.records[1:]))
+        return Storage(base_numbers(state), tuple(record_numbers(r) for r in state.records[1:]))
 
     def _first(self, state: PerturbationState, task: Task, identity: int) -> tuple[PerturbationState, UpdateInfo]:
         reading, watch = self._read(task), Watch()
-        if self.growth is not None and self.growth.num_tasks is not None:
-            least = self._least(reading)
-            self.growth.room(reading.layout.size, (self.growth.num_tasks - 2) * least, self.growth.num_tasks - 1, least)
+        self._spending.check(reading)
         key = jax.random.fold_in(state.key, 2)
         passes = fit(
             FreeWeights(self.program), self.minibatch, reading.initial, (self.hypers, reading.prior), task, key
@@ -363,26 +373,6 @@ class PerturbationFilter:
 
     def _identity(self, task: Task, step: int) -> int:
         return int(task.context["task"]) if "task" in task.context else step
-
-    def _least(self, reading: Reading) -> int:
-        """Numbers of a task at rank 0."""
-        own = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(reading.own(reading.initial)))
-        return own + sum(block.cost for block in reading.blocks)
-
-    def _base_numbers(self, state: PerturbationState) -> int:
-        first = state.base, state.precision, state.records[0].own
-        return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(first))
-
-    def _room(self, state: PerturbationState, with_least: bool = False) -> int | None:
-        """Numbers that the next task may spend on directions, or on all it keeps."""
-        if self.growth is None:
-            return None
-        least = self._least(self._known())
-        spent = sum(record_numbers(r) for r in state.records[1:])
-        if self.pruning is not None and self.pruning.cuts_earlier:
-            spent = least * (len(state.records) - 1)
-        room = self.growth.room(self._known().layout.size, spent, state.step, least)
-        return room if with_least else room - least
 
     def _warn(self, step: int, status: int) -> None:
         if status == NOT_FINITE:

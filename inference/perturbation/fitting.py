@@ -172,6 +172,11 @@ class Perturbed:
         return composed(self.blocks, self.arrays(own, around), own.factors)
 
 
+def standing(own: OwnParameters) -> tuple[tuple[Array, Array], ...]:
+    """``Surroundings.moves`` that hold the entries of V and U which are zero."""
+    return tuple(tuple((f != 0).astype(f.dtype) for f in (z.left, z.right)) for z in own.factors)  # type: ignore[misc]
+
+
 def joined(*parts: Arrays) -> dict[str, dict[str, Array]]:
     """Leaves of several parts together; a later one wins."""
     made: dict[str, dict[str, Array]] = {}

@@ -3,7 +3,8 @@
     z | D_t ~ N(z^, diag(P)^-1),   P = prior's precision + diag sum_n J_n^T F_n J_n,   J_n = d eta_n / d z
 
 with one random sign a column of F's factor: one backward pass an example, unbiased. As a belief over all weights theta its
-draws are ``d theta / d z (z - z^)``, so that ``Linearised`` predictions are those of the network linearised in z.
+draws are ``d theta / d z (z - z^)``, so that ``Linearised`` predictions are those of the network linearised in z. The diagonal
+does not see that V, U, r and s move outputs together: predictions are under-confident.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ssm_nn.inference.checks import check_finite
+from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.perturbation.state import TaskRecord, record_numbers
 
 __all__ = ["AllTasks", "Growth", "OwnTask", "Pruning"]
@@ -59,6 +61,16 @@ class Pruning(Protocol):
         """Whether earlier tasks make room."""
         ...
 
+    @property
+    def spread(self) -> float | None:
+        """How often the room for directions an allocation may fill before the cut; None lets it choose freely."""
+        ...
+
+    @property
+    def refit(self) -> Minibatch | None:
+        """How the newest task's other entries are fitted again after the cut; None leaves them as they are."""
+        ...
+
     def prune(self, records: tuple[TaskRecord, ...], allowed: float, room: float) -> tuple[tuple[TaskRecord, ...], int]:
         """The records, the last of which is new, and the number of entries cut.
 
@@ -72,9 +84,24 @@ class Pruning(Protocol):
 
 @dataclass(frozen=True)
 class OwnTask:
-    """The smallest entries of the newest task's factors: nothing else changes."""
+    """The smallest entries of the newest task's factors: nothing else changes.
+
+    More directions than there is room for, each with fewer entries, say more than few whole ones where inputs are
+    sparse: ``OwnTask(2.0, refit=Minibatch(...))``.
+
+    Args:
+        spread: the allocation may fill so often the room for directions, >= 1; None lets it choose freely.
+        refit: optimiser and epochs with which the entries that are left are fitted again; None leaves them as they are.
+    """
+
+    spread: float | None = None
+    refit: Minibatch | None = None
 
     cuts_earlier = False
+
+    def __post_init__(self):
+        if self.spread is not None:
+            check_finite(1.0, spread=self.spread)
 
     def prune(self, records: tuple[TaskRecord, ...], allowed: float, room: float) -> tuple[tuple[TaskRecord, ...], int]:
         """Until the newest task fits into its own room."""
@@ -87,7 +114,7 @@ class OwnTask:
 class AllTasks:
     """The smallest entries of all tasks' factors, the paper's rule: earlier tasks lose something too."""
 
-    cuts_earlier = True
+    cuts_earlier, spread, refit = True, None, None
 
     def prune(self, records: tuple[TaskRecord, ...], allowed: float, room: float) -> tuple[tuple[TaskRecord, ...], int]:
         """Until all later tasks fit together."""

@@ -28,7 +28,7 @@ TINY = replace(
     SCENARIOS["permuted-mnist"],
     stream=stream,
     network=lambda inputs, classes, seed: (mlp((*inputs, 8, classes), "relu", seed), "layers.1.*"),
-    budget=Budget(1, 1, curvature=50),
+    budget=Budget(1, 1, 1, 1, curvature=50),
     growth=2.0,
 )
 

@@ -15,7 +15,7 @@ from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.perturbation import curvature, fitting, proposal
 from ssm_nn.inference.perturbation.allocation import FixedRank, PaperShare, dropped_loss
 from ssm_nn.inference.perturbation.blocks import composed
-from ssm_nn.inference.perturbation.curvature import drop_quadratic
+from ssm_nn.inference.perturbation.curvature import drop_quadratic, kernel_statistics
 from ssm_nn.inference.perturbation.directions import PlainSVD
 from ssm_nn.inference.perturbation.factored import run_perturbed
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
@@ -129,6 +129,35 @@ def test_the_gram_formula_equals_derivatives_along_the_directions(learnt, quadra
     np.testing.assert_allclose(found.matrix, matrix, atol=2e-5)
     np.testing.assert_allclose(found.linear, linear, atol=2e-5)
     np.testing.assert_allclose(found.loss, -np.log(p[np.arange(n), y]).mean(), rtol=1e-5)
+
+
+def test_kronecker_factors_are_sums_over_examples(learnt, quadratic):
+    """By the Jacobian in the biases, which is the gradient at a layer's outputs, and the softmax Hessian written out."""
+    made, (_, arrays, task) = learnt[0], quadratic
+    blocks, n = made._known().blocks, 40
+    x, y = task["x"][:n], np.asarray(task["y"][:n])
+    small = Task({"x": x, "y": task["y"][:n]}, mask=jnp.ones(n, bool))
+    found = kernel_statistics(PROGRAM, blocks, {}, arrays, small, n)
+    leaves = arrays["net"]
+
+    def logits(biases, x):
+        tree = {"layers": [{"kernel": leaves[f"layers.{m}.kernel"], "bias": biases[m]} for m in range(3)]}
+        return NETWORK[0](tree, x[None])[0]
+
+    biases = [leaves[f"layers.{m}.bias"] for m in range(3)]
+    jacobians = jax.vmap(jax.jacrev(logits), (None, 0))(biases, x)
+    p = np.asarray(jax.nn.softmax(jax.vmap(logits, (None, 0))(biases, x)), float)
+    hessian = np.stack([np.diag(q) - np.outer(q, q) for q in p])
+    inputs = np.asarray(x, float)
+    for m, (side, sensitivity) in enumerate(zip(found.sides, found.sensitivity, strict=True)):
+        j = np.asarray(jacobians[m], float)
+        np.testing.assert_allclose(side.inputs, inputs.T @ inputs / n, atol=1e-4)
+        np.testing.assert_allclose(side.outputs, np.einsum("nca,ncd,ndb->ab", j, hessian, j) / n, atol=1e-4)
+        slopes = np.einsum("nc,nco->no", p - np.eye(10)[y], j)
+        squares = np.sum((inputs**2).sum(1) * (slopes**2).sum(1))
+        size = np.size(leaves[f"layers.{m}.kernel"])
+        np.testing.assert_allclose(sensitivity, squares / (n * size), rtol=1e-3)
+        inputs = np.maximum(inputs @ np.asarray(leaves[f"layers.{m}.kernel"]) + np.asarray(biases[m]), 0)
 
 
 @pytest.mark.slow
