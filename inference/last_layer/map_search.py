@@ -301,7 +301,9 @@ def _conjugate_gradients_in_outputs(
     def step(carry):
         x, along, residual, toward, image, size, _, total, steps = carry
         turned = toward + weigh(image)
-        length = size / jnp.sum(image * turned)
+        # a kernel that rounding has made indefinite: no step, which ends the loop
+        bend = jnp.sum(image * turned)
+        length = jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1.0), 0.0)
         residual = residual - length * turned
         lifted = times_kernel(residual)
         new = jnp.sum(residual * lifted)
