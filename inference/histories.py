@@ -4,6 +4,7 @@
     OnHost()          in the host's memory
     OnDisk(folder)    a checkpoint a task, written whole or not at all, while the next task is learnt
 
+With several processes each keeps its own part of every array, on disk in a folder of its own inside ``folder``.
 A filter or smoother holds the arrays of one task or two whatever their number; what it leaves is read as it is asked for.
 A filter that finds the first tasks of the same run in a folder goes on behind them.
 """
@@ -20,8 +21,10 @@ from typing import Any, Protocol, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from ssm_nn.inference.checkpoints import CheckpointError, load, replacing, save
+from ssm_nn.inference.history_parts import back, expected, parts
 
 __all__ = ["History", "InMemory", "OnDisk", "OnHost", "Recalled"]
 
@@ -86,13 +89,13 @@ class OnHost(InMemory):
 
     def put(self, t: int, tree: Any) -> None:
         """Copy to the host."""
-        leaves, structure = jax.tree.flatten(tree)
-        self._trees[t] = structure, [_on_host(leaf) for leaf in leaves]
+        self._trees[t] = jax.tree.map(_abstract, tree), jax.tree.leaves(jax.tree.map(parts, tree))
 
     def get(self, t: int) -> Any:
         """Copy back."""
-        structure, leaves = self._trees[t]
-        return jax.tree.unflatten(structure, [jax.device_put(*leaf) if len(leaf) == 2 else leaf[0] for leaf in leaves])
+        like, kept = self._trees[t]
+        leaves, structure = jax.tree.flatten(like)
+        return jax.tree.unflatten(structure, [_returned(*pair) for pair in zip(kept, leaves, strict=True)])
 
     def beside(self, name: str) -> OnHost:
         """A new one."""
@@ -100,15 +103,11 @@ class OnHost(InMemory):
         return OnHost()
 
 
-def _on_host(leaf: Any) -> tuple[Any, ...]:
-    """(value,) or (value, sharding); typed keys are small and stay where they are."""
-    if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return (leaf,)
-    if not leaf.is_fully_addressable:
-        raise ValueError(
-            "history: no process holds all of an array that is spread over several; InMemory() is accepted there"
-        )
-    return np.asarray(leaf), leaf.sharding
+def _returned(kept: Any, like: Any) -> Any:
+    whole = (
+        isinstance(kept, np.ndarray) and isinstance(like, jax.ShapeDtypeStruct) and like.sharding.is_fully_addressable
+    )
+    return jax.device_put(kept, like.sharding) if whole else back(kept, like)
 
 
 class OnDisk:
@@ -127,12 +126,14 @@ class OnDisk:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._like: Any = None
+        self._kept: Any = None
         self._pending: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="history")
 
     def begin(self, like: Callable[[], Any], mark: str) -> int:
         """Count the tasks that lie here whole, and remove what lies behind them."""
-        file = self.folder / "history.json"
+        own = self._own
+        file = own / "history.json"
         digest = hashlib.sha256(mark.encode()).hexdigest()
         try:
             found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -147,12 +148,15 @@ class OnDisk:
                 f"not of this one ({mark}); give a new folder"
             )
         self._like = jax.tree.map(_abstract, like())
-        for leftover in self.folder.glob(".*.tmp"):
+        self._kept = jax.tree.map(expected, self._like)
+        for leftover in own.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         done = 0
         while self._file(done).exists() and self._is_whole(done):
             done += 1
-        for file in self.folder.glob("task-*.npz"):
+        if jax.process_count() > 1:
+            done = int(np.min(process_allgather(np.int32(done))))  # what all of them hold
+        for file in own.glob("task-*.npz"):
             if int(file.stem.removeprefix("task-")) >= done:
                 file.unlink()
         return done
@@ -160,10 +164,8 @@ class OnDisk:
     def put(self, t: int, tree: Any) -> None:
         """Write in the background."""
         self.flush()
-        leaves, structure = jax.tree.flatten(tree)
         # copied to the host here: the caller may donate its arrays to the next step
-        kept = jax.tree.unflatten(structure, [_on_host(leaf)[0] for leaf in leaves])
-        self._pending = self._writer.submit(save, self._file(t), kept)
+        self._pending = self._writer.submit(save, self._file(t), jax.tree.map(parts, tree))
 
     def get(self, t: int) -> Any:
         """Read, and lay out as it was.
@@ -172,7 +174,7 @@ class OnDisk:
             CheckpointError: for a file that is missing or damaged.
         """
         self.flush()
-        return load(self._file(t), self._like)
+        return jax.tree.map(back, load(self._file(t), self._kept), self._like)
 
     def flush(self) -> None:
         """Wait for the writer; its error is raised here."""
@@ -184,12 +186,19 @@ class OnDisk:
         """In a folder inside this one."""
         return OnDisk(self.folder / name)
 
+    @property
+    def _own(self) -> Path:
+        """Of this process: no other writes or tidies there."""
+        if jax.process_count() == 1:
+            return self.folder
+        return self.folder / f"process-{jax.process_index()}-of-{jax.process_count()}"
+
     def _file(self, t: int) -> Path:
-        return self.folder / f"task-{t:06d}.npz"
+        return self._own / f"task-{t:06d}.npz"
 
     def _is_whole(self, t: int) -> bool:
         try:
-            load(self._file(t), self._like)
+            load(self._file(t), self._kept)
         except CheckpointError:
             return False
         return True

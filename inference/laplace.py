@@ -248,8 +248,11 @@ class LaplaceFilter:
         site = jax.eval_shape(lambda precision: precision.no_information(), predicted.precision)
 
         def placed(leaf: Any) -> Any:
+            if self.mesh is None:
+                return leaf
             rows = leaf.shape[:1] == state.mean.shape
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=state.mean.sharding if rows else None)
+            like = state.mean if rows else state.step
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding)
 
         moments, site = jax.tree.map(placed, (moments, site))
         return state, Info.without_data(moments, site, 0.0)

@@ -28,7 +28,7 @@ from ssm_nn.program import TaskBody
 from ssm_nn.tasks import Task, Tasks
 from ssm_nn.weight_mesh import DATA, WEIGHTS
 
-__all__ = ["ShardedLayout", "ShardedProgram", "checked_mesh", "everywhere", "gathered", "on_mesh"]
+__all__ = ["ShardedLayout", "ShardedProgram", "checked_mesh", "copied", "everywhere", "gathered", "on_mesh"]
 
 Array = Any
 
@@ -59,6 +59,23 @@ def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
 def everywhere[Tree](program: Program, tree: Tree) -> Tree:
     """The pytree on every device of the program's mesh; as it is where the program has none."""
     return program.everywhere(tree) if isinstance(program, ShardedProgram) else tree
+
+
+def copied(mesh: Mesh, tree: Any) -> Any:
+    """The pytree's arrays on every device of the mesh; with several processes, each gives the same."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def spread(leaf: Array) -> Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(spread(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(spread, tree)
 
 
 def gathered[Tree](program: Program, tree: Tree) -> Tree:
@@ -200,20 +217,8 @@ class ShardedProgram:
         )
 
     def everywhere(self, tree: Any) -> Any:
-        """The pytree's arrays on every device of the mesh; with several processes, each gives the same."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
-        if jax.process_count() == 1:
-            return jax.device_put(tree, sharding)
-
-        def spread(leaf: Array) -> Array:
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-                return leaf
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.random.wrap_key_data(spread(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-        return jax.tree.map(spread, tree)
+        """``copied`` on this mesh."""
+        return copied(self.mesh, tree)
 
 
 class _SplitBody(TaskBody):

@@ -54,10 +54,11 @@ class DiagonalPlusLowRank(NamedTuple):
 
     def solve(self, x: Array) -> Array:
         """``(x - U (L L^T)^-1 U^T (x / D)) / D``."""
-        root = self._root()
         if x.ndim == 1:
-            inner = jax.scipy.linalg.cho_solve((root, True), _project(self.factor, x / self.diagonal))
+            gram, projected = _gram_and_projection(self.factor, 1 / self.diagonal, x / self.diagonal)
+            inner = jax.scipy.linalg.cho_solve((_cholesky_of_identity_plus(gram), True), projected)
             return (x - self.factor @ inner) / self.diagonal
+        root = self._root()
         inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ (x / self.diagonal[:, None]))
         return (x - self.factor @ inner) / self.diagonal[:, None]
 
@@ -149,9 +150,10 @@ class DiagonalPlusLowRank(NamedTuple):
     def smoother_gain(self, moments: Moments, x: Array) -> Array:
         """``(I - diag(q E) U M^-1 U^T) diag(a E) x``; exactly x for noise 0 and gain 1."""
         gain, _, noise = moments[:3]
-        shrink, root = self._step_root(gain, noise)
+        shrink = 1 / (jnp.square(gain) + noise * self.diagonal)
         pulled = gain * shrink * x
-        inner = jax.scipy.linalg.cho_solve((root, True), _project(self.factor, pulled))
+        gram, projected = _gram_and_projection(self.factor, noise * shrink, pulled)
+        inner = jax.scipy.linalg.cho_solve((_cholesky_of_identity_plus(gram), True), projected)
         return pulled - noise * shrink * (self.factor @ inner)
 
     def sample_conditional(self, moments: Moments, key: Array) -> Array:
@@ -239,21 +241,35 @@ def singular_directions(factor: Array, metric: Array, rank: int) -> Array:
 
 
 def _weighted_gram(factor: Array, weight: Array) -> Array:
-    """``factor^T diag(weight) factor``.
+    """``factor^T diag(weight) factor``."""
+    return _over_rows(lambda some, weight: some.T @ (weight[:, None] * some), factor, weight)
 
-    On one device, a large factor by blocks of rows that stay in the cache: its weighted copy would be written and read once.
+
+def _gram_and_projection(factor: Array, weight: Array, x: Array) -> tuple[Array, Array]:
+    """``factor^T diag(weight) factor`` and ``factor^T x`` (R,) for x (P,)."""
+    if not _goes_by_blocks(factor):
+        return _weighted_gram(factor, weight), _project(factor, x)
+    return _over_rows(lambda some, weight, x: (some.T @ (weight[:, None] * some), x @ some), factor, weight, x)
+
+
+def _goes_by_blocks(factor: Array) -> bool:
+    return shards_of_weights() == 1 and factor.shape[0] >= _LEAST_BLOCKS * _BLOCK_ROWS
+
+
+def _over_rows(function: Callable[..., Any], *arrays: Array) -> Any:
+    """The sum of a function over rows of arrays (P, ...).
+
+    On one device, many rows by blocks that stay in the cache: a weighted copy would be written and read once.
     """
-    size = factor.shape[0]
-    blocks = size // _BLOCK_ROWS if shards_of_weights() == 1 else 0
-    if blocks < _LEAST_BLOCKS:
-        return factor.T @ (weight[:, None] * factor)
+    if not _goes_by_blocks(arrays[0]):
+        return function(*arrays)
+    blocks = arrays[0].shape[0] // _BLOCK_ROWS
 
-    def add(i: Array, gram: Array) -> Array:
-        some = jax.lax.dynamic_slice_in_dim(factor, i * _BLOCK_ROWS, _BLOCK_ROWS)
-        return gram + some.T @ (jax.lax.dynamic_slice_in_dim(weight, i * _BLOCK_ROWS, _BLOCK_ROWS)[:, None] * some)
+    def add(i: Array, total: Any) -> Any:
+        some = [jax.lax.dynamic_slice_in_dim(array, i * _BLOCK_ROWS, _BLOCK_ROWS) for array in arrays]
+        return jax.tree.map(jnp.add, total, function(*some))
 
-    rest = slice(blocks * _BLOCK_ROWS, size)
-    return jax.lax.fori_loop(0, blocks, add, factor[rest].T @ (weight[rest, None] * factor[rest]))
+    return jax.lax.fori_loop(0, blocks, add, function(*(array[blocks * _BLOCK_ROWS :] for array in arrays)))
 
 
 def _cholesky_of_identity_plus(gram: Array) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-__all__ = ["DATA", "WEIGHTS", "along_weights", "shards_of_weights", "tall_skinny_qr"]
+__all__ = ["DATA", "WEIGHTS", "along_weights", "on_every_device", "shards_of_weights", "tall_skinny_qr"]
 
 Array = Any
 
@@ -36,6 +36,13 @@ def along_weights(tree: Any, size: int) -> Any:
         return jax.lax.with_sharding_constraint(leaf, PartitionSpec(WEIGHTS) if rows else PartitionSpec())
 
     return jax.tree.map(placed, tree)
+
+
+def on_every_device(tree: Any) -> Any:
+    """The pytree whole on every device of the mesh in context, for what is as small as the data; as it is without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def tall_skinny_qr(tall: Array) -> tuple[Array, Array]:

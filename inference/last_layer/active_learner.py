@@ -24,6 +24,7 @@ from ssm_nn.inference.last_layer.acquisition import Pool, Strategy
 from ssm_nn.inference.last_layer.acquisition_curves import LearningCurve, scores_of
 from ssm_nn.inference.last_layer.last_layer_filter import HeadState, LastLayerFilter, UpdateInfo
 from ssm_nn.inference.last_layer.sites import Sites
+from ssm_nn.inference.last_layer.split_conditioning import check_whole
 from ssm_nn.inference.map_problem import NOT_FINITE
 
 __all__ = ["ActiveLearner", "ActiveState"]
@@ -76,6 +77,7 @@ class ActiveLearner:
     ):
         if not isinstance(strategy, Strategy):
             raise ValueError(f"strategy is {strategy!r}; a Strategy such as Margin() is accepted")
+        check_whole("ActiveLearner", engine.mesh)
         check_count(batch_size=batch_size)
         if candidates is not None:
             check_count(batch_size, candidates=candidates)

@@ -60,6 +60,13 @@ class DiagonalInformation:
         """Squares are added."""
         return DiagonalInformation(self.precision + _squares(phi, likelihood, f, y, weight))
 
+    def absorb_few(
+        self, phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array
+    ) -> tuple[DiagonalInformation, Array]:
+        """``absorb``, and the change of ``log |S|``."""
+        made = self.absorb(phi, likelihood, f, y, weight)
+        return made, made.log_determinant() - self.log_determinant()
+
     def release(self, phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array) -> DiagonalInformation:
         """Squares are subtracted; what falls below the prior by rounding is the prior."""
         return DiagonalInformation(jnp.maximum(self.precision - _squares(phi, likelihood, f, y, weight), 1.0))

@@ -132,7 +132,7 @@ def _closed_form(engine: LastLayerFilter, state: HeadState) -> TunedHead:
     noise = float(np.sqrt(noise_at(log_rho)))
     factor = float(np.exp(log_rho / 2)) * noise
     likelihood = Gaussian(noise, engine.head.num_outputs)
-    noisy = LastLayerFilter(replace(engine.head, likelihood=likelihood), engine.structure)
+    noisy = engine.with_head(replace(engine.head, likelihood=likelihood))
     other, moved = _rescaled(noisy, state, factor)
     moved, _ = other.sweep(moved)
     inside = abs(log_rho) < _RANGE

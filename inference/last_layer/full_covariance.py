@@ -196,8 +196,12 @@ def identity_plus_root(core: Array) -> Array:
 
     What is added to the identity is the rounding of core: without it a core of large numbers is not positive definite.
     """
-    added = 1 + 2 * jnp.finfo(core.dtype).eps * jnp.trace(core)
-    return jnp.linalg.cholesky(core + added * jnp.eye(core.shape[0], dtype=core.dtype))
+    return jnp.linalg.cholesky(core + (1 + rounding_of(core)) * jnp.eye(core.shape[0], dtype=core.dtype))
+
+
+def rounding_of(core: Array) -> Array:
+    """What ``identity_plus_root`` adds to the diagonal."""
+    return 2 * jnp.finfo(core.dtype).eps * jnp.trace(core)
 
 
 def information_matrix(phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array) -> Array:

@@ -20,6 +20,7 @@ from ssm_nn.inference.last_layer.head_likelihoods import HeadLikelihood
 from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo
 from ssm_nn.inference.last_layer.last_layer_filter import LastLayerFilter
 from ssm_nn.inference.last_layer.moving import smooth_head
+from ssm_nn.inference.last_layer.split_conditioning import check_whole
 from ssm_nn.tasks import Task, Tasks, stack_tasks
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def head_datatree(
     import xarray
 
     check_count(num_samples=num_samples)
+    check_whole("head_datatree", engine.mesh)
     key = jax.random.key(key) if isinstance(key, int) else key
     posterior_key, prior_key, data_key = jax.random.split(key, 3)
     stack = None if tasks is None else stack_tasks(tasks)

@@ -24,6 +24,7 @@ from ssm_nn.inference.last_layer.head_likelihoods import Bernoulli, Categorical,
 from ssm_nn.inference.last_layer.sites import padded, padded_size
 from ssm_nn.inference.last_layer.structures import HeadBelief
 from ssm_nn.inference.predictive import Prediction, _mixture_of_site
+from ssm_nn.weight_mesh import on_every_device
 
 __all__ = ["AtMode", "MeanField", "MonteCarlo", "PredictiveMethod", "Probit", "predict_head", "sample_outputs"]
 
@@ -114,8 +115,8 @@ def predict_head(
     parts = []
     for start in range(0, len(features), size):
         phi = features[start : start + size]
-        y = None if labels is None else jnp.asarray(padded(labels[start : start + size], size))
-        made = _predict(method, likelihood, belief, mean, jnp.asarray(padded(phi, size)), y, key)
+        y = None if labels is None else padded(labels[start : start + size], size)
+        made = _predict(method, likelihood, belief, mean, padded(phi, size), y, key)
         parts.append({name: None if value is None else np.asarray(value)[: len(phi)] for name, value in made.items()})
     joined: dict[str, Any] = {
         name: None if parts[0][name] is None else np.concatenate([part[name] for part in parts]) for name in parts[0]
@@ -150,7 +151,11 @@ def _batch_size(method: PredictiveMethod, num_outputs: int) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _predict(
+def _predict(method: PredictiveMethod, *arguments: Any) -> dict[str, Any]:
+    return on_every_device(_predicted(method, *arguments))
+
+
+def _predicted(
     method: PredictiveMethod,
     likelihood: HeadLikelihood,
     belief: HeadBelief,

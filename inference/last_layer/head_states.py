@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+from ssm_nn.inference.last_layer.conditioning import Conditioned
+from ssm_nn.inference.last_layer.map_search import NEARLY, tolerance
 from ssm_nn.inference.last_layer.sites import Sites
 from ssm_nn.inference.last_layer.structures import HeadBelief
-from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE
+from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, all_finite
 
-__all__ = ["HeadState", "UpdateInfo", "no_change"]
+__all__ = ["HeadState", "UpdateInfo", "info_of", "no_change"]
 
 Array = Any
 
@@ -67,3 +69,21 @@ def no_change(began: float) -> UpdateInfo:
     """Of what needed no climb; ``began`` is a reading of ``time.perf_counter``."""
     nan = float("nan")
     return UpdateInfo(0, 0.0, nan, 0, 0.0, CONVERGED, time.perf_counter() - began)
+
+
+def info_of(made: Conditioned, num_points: int, began: float, max_steps: int | None = None) -> UpdateInfo:
+    """Of a climb that ended, or was cut short by the user's own ``max_steps``."""
+    finite = bool(all_finite((made.mean, made.belief, made.log_evidence)))
+    decrement, steps = float(made.found.decrement), int(made.found.steps)
+    # what a user's own bound cut short is what was asked for; else rounding may leave somewhat more than aimed at
+    done = steps == max_steps or decrement <= NEARLY * tolerance(made.found.decrement.dtype)
+    status = NOT_FINITE if not finite else CONVERGED if done else NOT_CONVERGED
+    return UpdateInfo(
+        num_points,
+        float(made.log_evidence),
+        float(made.found.log_likelihood),
+        steps,
+        decrement,
+        status,
+        time.perf_counter() - began,
+    )

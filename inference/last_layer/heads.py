@@ -96,6 +96,24 @@ class Head:
             raise ValueError(f"scale is {scale}; finite numbers > 0 are accepted")
         return replace(self, scale=scale)
 
+    def filled(self, num_new: int) -> Head:
+        """With ``num_new`` features more that are always 0, whose weights learn nothing: for a number that a mesh divides."""
+        if not num_new:
+            return self
+
+        def wide(rows: np.ndarray, value: float) -> np.ndarray:
+            return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, num_new)], constant_values=value)
+
+        return replace(
+            self,
+            features=lambda batch: wide(np.asarray(self.features(batch)), 0.0),
+            loc=wide(self.loc, 0.0),
+            scale=wide(self.scale, 1.0),
+            gain=wide(self.gain, 1.0),
+            shift=wide(self.shift, 0.0),
+            noise=wide(self.noise, 0.0),
+        )
+
     def grown(self, num_new: int) -> Head:
         """With more classes, whose weights have the prior of the first."""
         likelihood = self.likelihood.grown(num_new)

@@ -14,11 +14,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ssm_nn.inference.laplace import FilterWarning
 from ssm_nn.inference.last_layer.conditioning import (
@@ -30,15 +32,24 @@ from ssm_nn.inference.last_layer.conditioning import (
     take_back,
 )
 from ssm_nn.inference.last_layer.head_predictions import PredictiveMethod, Probit, predict_head, sample_outputs
-from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo, no_change
+from ssm_nn.inference.last_layer.head_states import HeadState, UpdateInfo, info_of, no_change
 from ssm_nn.inference.last_layer.heads import Head
 from ssm_nn.inference.last_layer.kronecker_head import NO_WALK, KroneckerHead
-from ssm_nn.inference.last_layer.map_search import NEARLY, tolerance
 from ssm_nn.inference.last_layer.moving import refiltered, swept
-from ssm_nn.inference.last_layer.sites import Sites, checked_ids, padded, padded_size
+from ssm_nn.inference.last_layer.sites import Sites, padded, padded_size
+from ssm_nn.inference.last_layer.split_conditioning import (
+    check_splits,
+    check_whole,
+    condition_in_parts,
+    padded_to_parts,
+    points_of_part,
+    split_prior,
+)
 from ssm_nn.inference.last_layer.structures import Chosen, HeadStructure, choose
-from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, all_finite
+from ssm_nn.inference.map_problem import CONVERGED, NOT_FINITE, all_finite
 from ssm_nn.inference.predictive import Prediction
+from ssm_nn.inference.sharding import checked_mesh, copied, on_mesh
+from ssm_nn.weight_mesh import WEIGHTS, on_every_device
 
 __all__ = ["HeadState", "LastLayerFilter", "UpdateInfo"]
 
@@ -54,15 +65,20 @@ class LastLayerFilter:
         structure: ``Full()``, ``SquareRoot()``, ``KroneckerHead()``, ``Shared()`` or ``DiagonalHead()``; by default the
             richest that the size allows, see ``choice``.
         keep_sites: keep D + K + 2 numbers a point, which removal and sweeps need; False for endless streams.
+        mesh: a ``jax.sharding.Mesh``: the covariance is spread over its axis ``weights`` by features, points over its axis
+            ``data``. For ``Full``, ``Shared`` and ``DiagonalHead`` and heads that stand still. Features that are always 0 fill
+            D up to a multiple of the devices; a sweep begins where the points' factors, as they stand, put the mean.
 
     Raises:
-        ValueError: arguments of another kind, ``KroneckerHead()`` for a head that moves.
+        ValueError: arguments of another kind, ``KroneckerHead()`` for a head that moves, a mesh that does not serve them.
 
     Attributes:
         choice: the structure, and the reason for it in words.
     """
 
-    def __init__(self, head: Head, structure: HeadStructure | None = None, *, keep_sites: bool = True):
+    def __init__(
+        self, head: Head, structure: HeadStructure | None = None, *, keep_sites: bool = True, mesh: Mesh | None = None
+    ):
         if not isinstance(head, Head):
             raise ValueError(
                 f"head is {type(head).__name__}; what feature_head, network_head or program_head make is accepted"
@@ -73,17 +89,30 @@ class LastLayerFilter:
             )
         if isinstance(structure, KroneckerHead) and head.moving:
             raise ValueError(NO_WALK)
-        self.head, self.keep_sites = head, keep_sites
+        self.keep_sites, self.mesh = keep_sites, None if mesh is None else checked_mesh(mesh)
+        self._filling = 0 if self.mesh is None else -head.num_features % self.mesh.shape[WEIGHTS]
+        self.head = head.filled(self._filling)
         if structure is None:
             self.choice = choose(head.num_outputs, head.num_features, head.moving)
         else:
             self.choice = Chosen(structure, f"{type(structure).__name__}: asked for")
         self.structure = self.choice.structure
+        if self.mesh is not None:
+            check_splits(self.structure, head)
         self._dtype = np.dtype(jax.dtypes.canonicalize_dtype(head.scale.dtype))
 
     def with_scale(self, scale: Any) -> LastLayerFilter:
         """The same engine at another prior scale (standard deviation), one number or (D,); nothing is compiled again."""
-        return LastLayerFilter(self.head.with_scale(scale), self.structure, keep_sites=self.keep_sites)
+        scale = np.asarray(scale)
+        if self._filling and scale.shape == (self.head.num_features - self._filling,):
+            scale = np.pad(scale, (0, self._filling), constant_values=1)
+        return self.with_head(self.head.with_scale(scale))
+
+    def with_head(self, head: Head) -> LastLayerFilter:
+        """The same engine with another head of as many features, made of its own."""
+        other = copy(self)
+        other.head = head
+        return other
 
     @property
     def prior_mean(self) -> Array:
@@ -92,8 +121,16 @@ class LastLayerFilter:
 
     def init(self) -> HeadState:
         """The prior."""
-        belief = self.structure.prior(self.head.num_outputs, self.head.num_features, self._dtype)
-        return HeadState(0, self.prior_mean, belief, self._no_sites())
+        return HeadState(0, self._everywhere(self.prior_mean), self._prior(), self._no_sites())
+
+    def _prior(self) -> Any:
+        shape = self.head.num_outputs, self.head.num_features
+        if self.mesh is not None:
+            return split_prior(self.structure, shape, self._dtype, self.mesh)
+        return self.structure.prior(*shape, self._dtype)
+
+    def _everywhere(self, tree: Any) -> Any:
+        return tree if self.mesh is None else copied(self.mesh, tree)
 
     def _no_sites(self) -> Sites:
         empty = self._labels_like()
@@ -124,7 +161,9 @@ class LastLayerFilter:
 
     def weights(self, state: HeadState) -> np.ndarray:
         """The mean of W (K, D), the bias last."""
-        return np.asarray(state.mean) * self.head.scale
+        with on_mesh(self.mesh):
+            mean = np.asarray(_whole(state.mean))
+        return (mean * self.head.scale)[:, : self.head.num_features - self._filling]
 
     def update(
         self, state: HeadState, batch: Mapping[str, Any], *, ids: Any = None, weights: Any = None
@@ -146,7 +185,7 @@ class LastLayerFilter:
         if points.num_points == 0:
             return state, no_change(began)
         made = self._condition(self._moved(state), points, fresh=state.step == 0)
-        info = self._info(points.num_points, made, began)
+        info = info_of(made, points.num_points, began)
         if info.status == NOT_FINITE:
             self._warn(info)
             return state, info
@@ -211,8 +250,9 @@ class LastLayerFilter:
         for start in range(0, points.num_points, largest):
             part = points.at(np.arange(start, min(start + largest, points.num_points)))
             arrays = self._padded(part)
-            outputs = jnp.asarray(padded(part.outputs, len(arrays[0])))
-            mean, belief = take_back(belief, mean, arrays[0], self.head.likelihood, outputs, arrays[1], arrays[2])
+            outputs = self._everywhere(jnp.asarray(padded(part.outputs, len(arrays[0]))))
+            with on_mesh(self.mesh):
+                mean, belief = take_back(belief, mean, arrays[0], self.head.likelihood, outputs, arrays[1], arrays[2])
         return state._replace(mean=mean, belief=belief)
 
     def sweep(self, state: HeadState, max_steps: int = 100) -> tuple[HeadState, UpdateInfo]:
@@ -231,8 +271,12 @@ class LastLayerFilter:
             return self.init()._replace(step=state.step), no_change(began)
         if self.head.moving:
             return swept(self, state, max_steps)
-        made = self._condition_many(self._prior_information(), self.prior_mean, state.mean, points, max_steps)
-        info = self._info(points.num_points, made, began, max_steps)
+        if self.mesh is not None:
+            mean = self._everywhere(self.prior_mean)
+            made = self._condition_in_parts(self._prior(), mean, points, points.outputs, max_steps)
+        else:
+            made = self._condition_many(self._prior_information(), self.prior_mean, state.mean, points, max_steps)
+        info = info_of(made, points.num_points, began, max_steps)
         self._warn(info)
         if info.status == NOT_FINITE:
             return state, info
@@ -244,12 +288,13 @@ class LastLayerFilter:
 
         Points of before stand as choices among the classes of then; a sweep counts them as evidence against the new ones.
         """
-        engine = LastLayerFilter(self.head.grown(num_new), self.structure, keep_sites=self.keep_sites)
+        engine = self.with_head(self.head.grown(num_new))
         # an absent class: probability 0, and finite where it is multiplied by 0
         absent = np.full((state.sites.num_points, num_new), -(np.finfo(self._dtype).max ** 0.5), self._dtype)
         sites = state.sites._replace(outputs=np.concatenate([state.sites.outputs, absent], axis=1))
-        mean = jnp.concatenate([state.mean, engine.prior_mean[-num_new:]])
-        return engine, HeadState(state.step, mean, grown(state.belief, num_new), sites)
+        with on_mesh(self.mesh):
+            mean = _stacked(state.mean, self._everywhere(engine.prior_mean[-num_new:]))
+            return engine, HeadState(state.step, mean, grown(state.belief, num_new), sites)
 
     def predict(
         self,
@@ -269,12 +314,15 @@ class LastLayerFilter:
         labels = None
         if isinstance(batch, Mapping) and self.head.has_labels(batch):
             labels = self._labels(batch)
-        return predict_head(state.belief, state.mean, phi, self.head.likelihood, labels, method, key)
+        key = self._everywhere(jax.random.key(key) if isinstance(key, int) else key)
+        with on_mesh(self.mesh):
+            return predict_head(state.belief, state.mean, phi, self.head.likelihood, labels, method, key)
 
     def sample_outputs(
         self, state: HeadState, batch: Mapping[str, Any] | Any, num_samples: int, key: Array | int = 0
     ) -> np.ndarray:
-        """Draws (S, n, K) of the outputs of all points together, each from one draw of the weights."""
+        """Draws (S, n, K) of the outputs of all points together, each from one draw of the weights; not on a mesh."""
+        check_whole("sample_outputs", self.mesh)
         return sample_outputs(state.belief, state.mean, self.features(batch), num_samples, key)
 
     # the pieces
@@ -282,43 +330,32 @@ class LastLayerFilter:
     @property
     def _few(self) -> int:
         """Outputs of a batch, n K, up to which the dual is cheaper than the weights."""
-        size = self.head.num_outputs * self.head.num_features
+        size = self.head.num_outputs * (self.head.num_features - self._filling)
         return min(max(size // 2, 64), 4096) if self.structure.exact else min(max(size, 64), 1024)
 
     @property
     def largest_few(self) -> int:
         """Points of the largest batch that goes through the dual, a power of two."""
+        if self.mesh is not None and self.structure.exact:  # the others give other means by other parts
+            return points_of_part(self.head.num_outputs)
         return 1 << (max(self._few // self.head.num_outputs, 1).bit_length() - 1)
 
     def _points(self, state: HeadState, batch: Mapping[str, Any], ids: Any, weights: Any) -> Sites:
         if not isinstance(batch, Mapping):
             raise ValueError(f"batch is {type(batch).__name__}; a mapping with inputs and labels is accepted")
         phi, labels = self.features(batch), self._labels(batch)
-        num = len(phi)
-        if len(labels) != num:
-            raise ValueError(f"the batch has {num} inputs and {len(labels)} labels; as many of each are accepted")
-        w = np.ones(num, self._dtype) if weights is None else np.asarray(weights, self._dtype)
-        if w.shape != (num,) or not (np.isfinite(w) & (w >= 0)).all():
-            raise ValueError(f"weights has shape {w.shape}; {num} finite numbers >= 0 are accepted")
-        known = state.sites.ids
-        if ids is None:
-            ids = np.arange(num) + (int(known.max()) + 1 if len(known) else 0)
-        ids = checked_ids(ids)
-        if ids.shape != (num,):
-            raise ValueError(f"ids has shape {ids.shape}; one for each of the {num} points is accepted")
-        met = ids[np.isin(ids, known)]
-        if met.size:
-            raise ValueError(f"ids holds {met[:5].tolist()}, which points of the state have already; remove them first")
-        outputs = np.zeros((num, self.head.num_outputs), self._dtype)
-        return Sites(phi, outputs, labels, w, ids, np.full(num, state.step, np.int64))
+        return state.sites.checked(phi, labels, ids, weights, state.step)
 
-    def _padded(self, points: Sites) -> tuple[Array, Any, Array]:
-        size = padded_size(points.num_points)
+    def _padded(self, points: Sites, size: int | None = None) -> tuple[Array, Any, Array]:
+        size = padded_size(points.num_points) if size is None else size
         weight = np.zeros(size, self._dtype)
         weight[: points.num_points] = points.weights
-        return jnp.asarray(padded(points.features, size)), jnp.asarray(padded(points.labels, size)), jnp.asarray(weight)
+        arrays = padded(points.features, size), padded(points.labels, size), weight
+        return self._everywhere(jax.tree.map(jnp.asarray, arrays))
 
     def _condition(self, state: HeadState, points: Sites, fresh: bool) -> Conditioned:
+        if self.mesh is not None:
+            return self._condition_in_parts(state.belief, state.mean, points)
         if padded_size(points.num_points) * self.head.num_outputs <= self._few:
             phi, y, weight = self._padded(points)
             return condition_few(state.belief, state.mean, phi, self.head.likelihood, y, weight)
@@ -332,24 +369,21 @@ class LastLayerFilter:
         steps = jnp.asarray(max_steps, jnp.int32)
         return condition_many(information, mean, start, phi, self.head.likelihood, y, weight, steps)
 
+    def _condition_in_parts(
+        self, belief: Any, mean: Array, points: Sites, at: np.ndarray | None = None, max_steps: int = 100
+    ) -> Conditioned:
+        """On a mesh; from where factors of the points at the outputs ``at`` put the mean, by default from ``mean``."""
+        size, part = padded_to_parts(points.num_points, self.head.num_outputs)
+        phi, y, weight = self._padded(points, size)
+        outputs = None if at is None else self._everywhere(jnp.asarray(padded(at, size)))
+        steps = self._everywhere(jnp.asarray(max_steps, jnp.int32))
+        few = at is None and padded_size(points.num_points) * self.head.num_outputs <= self._few
+        kernel = few and not self.structure.exact
+        with on_mesh(self.mesh):
+            return condition_in_parts(belief, mean, phi, self.head.likelihood, y, weight, outputs, part, kernel, steps)
+
     def _prior_information(self) -> Any:
         return self.structure.prior_information(self.head.num_outputs, self.head.num_features, self._dtype)
-
-    def _info(self, num_points: int, made: Conditioned, began: float, max_steps: int | None = None) -> UpdateInfo:
-        finite = bool(all_finite((made.mean, made.belief, made.log_evidence)))
-        decrement, steps = float(made.found.decrement), int(made.found.steps)
-        # what a user's own bound cut short is what was asked for; else rounding may leave somewhat more than aimed at
-        done = steps == max_steps or decrement <= NEARLY * tolerance(self._dtype)
-        status = NOT_FINITE if not finite else CONVERGED if done else NOT_CONVERGED
-        return UpdateInfo(
-            num_points,
-            float(made.log_evidence),
-            float(made.found.log_likelihood),
-            steps,
-            decrement,
-            status,
-            time.perf_counter() - began,
-        )
 
     def _warn(self, info: UpdateInfo) -> None:
         if info.status != CONVERGED:
@@ -361,3 +395,5 @@ class LastLayerFilter:
 
 
 _step = jax.jit(lambda belief, gain, noise: belief.step(gain, noise))
+_whole = jax.jit(on_every_device)
+_stacked = jax.jit(lambda rows, more: jnp.concatenate([rows, more]))

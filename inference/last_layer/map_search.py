@@ -15,6 +15,7 @@ Source: the iterated update of Rasmussen and Williams 2006, section 3.5; inexact
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from ssm_nn.inference.last_layer.head_likelihoods import HeadLikelihood
 from ssm_nn.inference.last_layer.shared_covariance import isotropic_weight
 from ssm_nn.inference.last_layer.structures import HeadInformation
 
-__all__ = ["Found", "climb_in_outputs", "climb_in_weights"]
+__all__ = ["Found", "climb_by_products", "climb_in_outputs", "climb_in_weights"]
 
 Array = Any
 
@@ -96,47 +97,68 @@ def climb_in_outputs(
     def times_kernel(a):
         return (matrix @ a.ravel()).reshape(f_0.shape)
 
+    def solved_directly(residual, factor, far):
+        del far
+        lifted = jnp.einsum("pmk,mkc->pmc", matrix.reshape(size, *f_0.shape), factor)
+        core = jnp.einsum("nkmc,nkb->nbmc", lifted.reshape(*f_0.shape, *lifted.shape[1:]), factor)
+        root = identity_plus_root(core.reshape(-1, factor.shape[0] * factor.shape[2]))
+        right = jnp.einsum("nkc,nk->nc", factor, times_kernel(residual))
+        solved = jax.scipy.linalg.cho_solve((root, True), right.ravel()).reshape(right.shape)
+        change = residual - jnp.einsum("nkc,nc->nk", factor, solved)
+        return change, times_kernel(change)
+
+    direction = solved_directly if size <= _DIRECT else None
+    return _climb_in_outputs(times_kernel, direction, f_0, jnp.zeros_like(f_0), likelihood, y, weight, max_steps)
+
+
+def climb_by_products(
+    times_kernel: Callable[[Array], Array],
+    f_0: Array,
+    start: Array,
+    likelihood: HeadLikelihood,
+    y: Any,
+    weight: Array,
+    max_steps: Array | int = 100,
+) -> Found:
+    """The dual climb where the kernel is too large to be made: by its products (n, K) -> (n, K), from ``start`` a (n, K)."""
+    return _climb_in_outputs(times_kernel, None, f_0, start, likelihood, y, weight, max_steps)
+
+
+def _climb_in_outputs(
+    times_kernel: Callable[[Array], Array],
+    solved_directly: Any,
+    f_0: Array,
+    start: Array,
+    likelihood: HeadLikelihood,
+    y: Any,
+    weight: Array,
+    max_steps: Array | int,
+) -> Found:
     def log_likelihood(f):
         return jnp.sum(weighted(weight, likelihood.log_prob(f, y)))
 
     def value(a, f):
         return log_likelihood(f) - 0.5 * jnp.sum(a * (f - f_0))
 
-    def direction(climb):
-        g = weighted(weight, likelihood.gradient(climb.outputs, y))
-        factor = weighted_factor(likelihood, climb.outputs, y, weight)
-        residual = g - climb.position
+    def by_products(residual, factor, far):
+        def weigh(f):
+            return jnp.einsum("nkc,nc->nk", factor, jnp.einsum("nkc,nk->nc", factor, f))
 
-        def spread(v):
-            return jnp.einsum("nkc,nc->nk", factor, v)
-
-        def pulled(f):
-            return jnp.einsum("nkc,nk->nc", factor, f)
-
-        if size <= _DIRECT:
-            lifted = jnp.einsum("pmk,mkc->pmc", matrix.reshape(size, *f_0.shape), factor)
-            core = jnp.einsum("nkmc,nkb->nbmc", lifted.reshape(*f_0.shape, *lifted.shape[1:]), factor)
-            root = identity_plus_root(core.reshape(-1, factor.shape[0] * factor.shape[2]))
-            right = pulled(times_kernel(residual))
-            solved = jax.scipy.linalg.cho_solve((root, True), right.ravel()).reshape(right.shape)
-            change = residual - spread(solved)
-            along_f = times_kernel(change)
-        else:
-            change, along_f = _conjugate_gradients_in_outputs(
-                times_kernel, lambda f: spread(pulled(f)), residual, climb.decrement
-            )
-        return change, along_f, jnp.sum(residual * along_f)
+        return _conjugate_gradients_in_outputs(times_kernel, weigh, residual, far)
 
     def step(climb):
-        change, along_f, slope = direction(climb)
+        residual = weighted(weight, likelihood.gradient(climb.outputs, y)) - climb.position
+        factor = weighted_factor(likelihood, climb.outputs, y, weight)
+        change, along_f = (solved_directly or by_products)(residual, factor, climb.decrement)
+        slope = jnp.sum(residual * along_f)
 
         def at(s):
             return climb.position + s * change, climb.outputs + s * along_f
 
         return _stepped(climb, at, value, slope, max_steps)
 
-    start = jnp.zeros_like(f_0)
-    end = _run(step, _Climb(start, f_0, value(start, f_0), *_begun(f_0.dtype)))
+    f = f_0 + times_kernel(start)
+    end = _run(step, _Climb(start, f, value(start, f), *_begun(f_0.dtype)))
     f = f_0 + times_kernel(end.position)
     square = jnp.sum(end.position * (f - f_0))
     return Found(end.position, f, end.steps, end.decrement, log_likelihood(f), square)
@@ -279,7 +301,9 @@ def _conjugate_gradients_in_outputs(
     def step(carry):
         x, along, residual, toward, image, size, _, total, steps = carry
         turned = toward + weigh(image)
-        length = size / jnp.sum(image * turned)
+        # a kernel that rounding has made indefinite: no step, which ends the loop
+        bend = jnp.sum(image * turned)
+        length = jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1.0), 0.0)
         residual = residual - length * turned
         lifted = times_kernel(residual)
         new = jnp.sum(residual * lifted)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from ssm_nn.inference.last_layer.full_covariance import identity_plus_root, inverse_of
 from ssm_nn.inference.last_layer.head_likelihoods import HeadLikelihood
+from ssm_nn.inference.last_layer.split_covariance import along_features, half_solved, minus_square
+from ssm_nn.weight_mesh import shards_of_weights
 
 __all__ = ["Shared", "SharedCovariance", "isotropic_weight"]
 
@@ -59,7 +61,7 @@ class SharedCovariance:
     num_outputs: int
 
     def _between(self, phi: Array) -> Array:
-        return phi @ self.covariance @ phi.T
+        return phi @ (self.covariance @ phi.T)
 
     def kernel(self, phi: Array) -> Array:
         """``J S J^T`` (n, K, n, K)."""
@@ -73,12 +75,28 @@ class SharedCovariance:
         """Few points by Woodbury's identity, many by a new inverse."""
         return self._changed(phi, isotropic_weight(likelihood, f, y, weight), 1)
 
+    def absorb_few(
+        self, phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array
+    ) -> tuple[SharedCovariance, Array]:
+        """``absorb`` by Woodbury's identity on a mesh, the rows of both matrices split; and the change of ``log |S|``."""
+        return self._changed_by_rows(phi * jnp.sqrt(isotropic_weight(likelihood, f, y, weight))[:, None], 1)
+
+    def _changed_by_rows(self, rows: Array, sign: int) -> tuple[SharedCovariance, Array]:
+        wide = along_features((self.covariance @ rows.T)[None])
+        turned, change = half_solved(wide, rows @ wide[0], sign)
+        covariance = minus_square(self.covariance[None, :, None], turned, sign)[0, :, 0]
+        precision = along_features((self.precision + sign * rows.T @ rows)[None])[0]
+        made = replace(self, covariance=covariance, precision=precision)
+        return made, -sign * self.num_outputs * change
+
     def release(self, phi: Array, likelihood: HeadLikelihood, f: Array, y: Any, weight: Array) -> SharedCovariance:
         """The reverse of ``absorb``."""
         return self._changed(phi, isotropic_weight(likelihood, f, y, weight), -1)
 
     def _changed(self, phi: Array, c: Array, sign: int) -> SharedCovariance:
         rows = phi * jnp.sqrt(c)[:, None]
+        if shards_of_weights() > 1:
+            return self._changed_by_rows(rows, sign)[0]
         precision = self.precision + sign * rows.T @ rows
         if 4 * phi.shape[0] > phi.shape[1]:
             return replace(self, covariance=inverse_of(precision)[0], precision=precision)

@@ -61,6 +61,29 @@ class Sites(NamedTuple):
         """N."""
         return len(self.ids)
 
+    def checked(self, phi: np.ndarray, labels: np.ndarray, ids: Any, weights: Any, step: int) -> Sites:
+        """New points (n, D) that fit beside these, not linearised yet; see ``LastLayerFilter.update``.
+
+        Raises:
+            ValueError: another number of labels, ids or weights; weights that are negative or not finite; ids met before.
+        """
+        num, dtype = len(phi), self.features.dtype
+        if len(labels) != num:
+            raise ValueError(f"the batch has {num} inputs and {len(labels)} labels; as many of each are accepted")
+        w = np.ones(num, dtype) if weights is None else np.asarray(weights, dtype)
+        if w.shape != (num,) or not (np.isfinite(w) & (w >= 0)).all():
+            raise ValueError(f"weights has shape {w.shape}; {num} finite numbers >= 0 are accepted")
+        if ids is None:
+            ids = np.arange(num) + (int(self.ids.max()) + 1 if len(self.ids) else 0)
+        ids = checked_ids(ids)
+        if ids.shape != (num,):
+            raise ValueError(f"ids has shape {ids.shape}; one for each of the {num} points is accepted")
+        met = ids[np.isin(ids, self.ids)]
+        if met.size:
+            raise ValueError(f"ids holds {met[:5].tolist()}, which points of the state have already; remove them first")
+        outputs = np.zeros((num, self.outputs.shape[1]), dtype)
+        return Sites(phi, outputs, labels, w, ids, np.full(num, step, np.int64))
+
     def plus(self, more: Sites) -> Sites:
         """These points and more; many small additions copy a point a few times in all."""
         if not self.num_points:

@@ -22,6 +22,8 @@ import ssm_nn
 from ssm_nn.extraction import describe
 from ssm_nn.inference import Diagonal, GaussNewton, LaplaceFilter, LowRank
 from ssm_nn.inference.batches import as_arrays, with_mask
+from ssm_nn.inference.last_layer import Categorical, DiagonalHead, Full, Gaussian, LastLayerFilter, Shared, feature_head
+from ssm_nn.inference.last_layer.split_conditioning import condition_in_parts
 from ssm_nn.inference.map_problem import MapProblem
 from ssm_nn.inference.mean_field import Batches, MeanFieldFilter, Window
 from ssm_nn.inference.sharding import checked_mesh, on_mesh
@@ -144,6 +146,60 @@ def mean_field(mesh):
     return found | {name: np.asarray(getattr(info, name)) for name in said}
 
 
+def last_layer(mesh):
+    """All that a head does on a mesh, in each structure: D = 7, which four devices do not divide; batches of several parts."""
+    found = {}
+    for structure, likelihood in (
+        (Full(), Categorical(3)),
+        (Full(), Gaussian(0.3, 3)),
+        (Shared(), Categorical(3)),
+        (DiagonalHead(), Categorical(3)),
+    ):
+        name = f"{type(structure).__name__} {type(likelihood).__name__}"
+        classify = isinstance(likelihood, Categorical)
+        engine = LastLayerFilter(feature_head(likelihood, 6), structure, mesh=mesh)
+        rng, state = np.random.default_rng(1), engine.init()
+        for size in (30, 5, 150):
+            y = rng.integers(0, 3, size) if classify else rng.normal(size=(size, 3))
+            batch = {"x": rng.normal(size=(size, 6)), "y": y}
+            state, info = engine.update(state, batch)
+            found[f"{name} evidence {size}"] = np.asarray(info.log_evidence)
+        found[f"{name} mean"] = engine.weights(state)
+        found[f"{name} variance"] = np.asarray(state.belief.variance())[:, :7]
+        found[f"{name} prediction"] = engine.predict(state, batch).log_density
+        state, _ = engine.remove(state, np.arange(10, 60))
+        found[f"{name} removed"] = engine.weights(state)
+        state, info = engine.sweep(state)
+        found |= {f"{name} swept": engine.weights(state), f"{name} all evidence": np.asarray(info.log_evidence)}
+        if classify:
+            engine, state = engine.grow(state, 1)
+            state, _ = engine.update(state, {"x": batch["x"][:4], "y": [3, 3, 0, 1]})
+            found[f"{name} grown"] = engine.weights(state)
+        if mesh is not None:
+            assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(state.belief))
+            assert all(leaf.addressable_shards[0].data.size == leaf.size // 4 for leaf in jax.tree.leaves(state.belief))
+    return found
+
+
+def largest_in_a_head():
+    """K = 3 classes on D = 256 features: S has 768^2 numbers, an update of two parts of 64 points 192 columns."""
+    engine = LastLayerFilter(feature_head(Categorical(3), 255), Full(), mesh=MESH)
+    state, points = engine.init(), np.zeros((128, 256), np.float32)
+    with on_mesh(engine.mesh):
+        inputs = engine._everywhere((points, np.zeros(128, np.int32), np.ones(128, np.float32)))
+        phi, y, weight = inputs
+        lowered = condition_in_parts.lower(state.belief, state.mean, phi, Categorical(3), y, weight, None, 64)
+        return largest(lowered)
+
+
+def largest(lowered):
+    """Numbers in the largest result of a collective."""
+    shapes = [
+        s for found in COLLECTIVE.findall(lowered.compile().as_text()) for s in re.findall(r"\[([\d,]*)\]", found)
+    ]
+    return max(int(np.prod([int(n) for n in shape.split(",") if n], dtype=int)) for shape in shapes)
+
+
 def largest_collectives():
     """By compiled piece; classes on (512, 32, 4) weights, 16 examples: R = 8, K = 64."""
     program = program_of((512, 32, 4), classes)
@@ -159,11 +215,8 @@ def largest_collectives():
             "laplace": engine._condition.lower(problem, state.mean, state.key),
         }
         for name, piece in lowered.items():
-            shapes = [
-                s for found in COLLECTIVE.findall(piece.compile().as_text()) for s in re.findall(r"\[([\d,]*)\]", found)
-            ]
-            sizes[name] = max(int(np.prod([int(n) for n in shape.split(",") if n], dtype=int)) for shape in shapes)
-    return sizes
+            sizes[name] = largest(piece)
+    return sizes | {"head": largest_in_a_head()}
 
 
 def pair(program, structure, tasks):
@@ -188,6 +241,8 @@ def main():
                 one, many = linear(np.dtype("float64"), Diagonal())
             elif part.startswith("mean-field"):
                 one, many = mean_field(None), mean_field(MESH)
+            elif part.startswith("last-layer"):
+                one, many = last_layer(None), last_layer(MESH)
             elif part == "network64":
                 one, many = pair(program_of((8, 6, 3), classes), LowRank(7), tasks_of(None, 8, 3, 2))
             else:

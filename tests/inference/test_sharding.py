@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 import ssm_nn
 from ssm_nn.extraction import describe, extract
 from ssm_nn.inference import Dense, Kronecker, LaplaceFilter, LowRank
+from ssm_nn.inference.last_layer import Categorical, Full, KroneckerHead, LastLayerFilter, SquareRoot, feature_head
 from ssm_nn.inference.sharding import ShardedLayout, ShardedProgram, checked_mesh
 from ssm_nn.models import Permuted, RandomWalk
 from ssm_nn.models.networks import mlp
@@ -64,7 +65,7 @@ def test_eight_devices_give_the_numbers_of_one(quick, part):
 
 @pytest.mark.slow
 def test_more_filters_on_eight_devices_give_the_numbers_of_one(tmp_path):
-    parts = ("low-rank32", "diagonal64", "network64", "mean-field32", "mean-field64")
+    parts = ("low-rank32", "diagonal64", "network64", "mean-field32", "mean-field64", "last-layer32", "last-layer64")
     found = on_eight_devices(tmp_path, *parts)
     for part in parts:
         check_equal(found, part)
@@ -77,6 +78,13 @@ def test_no_collective_moves_an_array_of_weights_and_columns(quick):
     assert quick["collectives/predict"] <= rank**2
     assert quick["collectives/laplace"] <= shards * (rank + columns) ** 2
     assert quick["collectives/laplace"] < weights * rank / shards
+
+
+@pytest.mark.slow
+def test_no_collective_of_a_head_moves_its_covariance_or_all_of_its_columns(quick):
+    """K D = 768 weights, parts of 192 columns, four devices: what moves is a quarter of the columns at a time."""
+    weights, columns, shards = 768, 192, 4
+    assert quick["collectives/head"] <= max(weights // shards * columns, columns**2)
 
 
 # one process
@@ -155,6 +163,30 @@ def test_another_mesh_is_refused(mesh, words):
 def test_a_structure_that_does_not_shard_is_refused(structure):
     with pytest.raises(ValueError, match="mesh serves LowRank and Diagonal"):
         LaplaceFilter(program, structure, mesh=mesh_of_one("weights"))
+
+
+@pytest.mark.parametrize("structure", [KroneckerHead(), SquareRoot()])
+def test_a_head_that_does_not_shard_is_refused(structure):
+    head = feature_head(Categorical(3), 4)
+    with pytest.raises(ValueError, match="mesh serves Full\\(\\), Shared\\(\\) and DiagonalHead\\(\\)"):
+        LastLayerFilter(head, structure, mesh=mesh_of_one("weights"))
+    moving = feature_head(Categorical(3), 4, transition=RandomWalk(0.1))
+    with pytest.raises(ValueError, match="heads that stand still"):
+        LastLayerFilter(moving, Full(), mesh=mesh_of_one("weights"))
+
+
+def test_a_head_on_a_mesh_of_one_device_says_what_it_says_without():
+    batch = {"x": np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32), "y": np.arange(90) % 3}
+    found = []
+    for mesh in (None, mesh_of_one("weights", "data")):
+        engine = LastLayerFilter(feature_head(Categorical(3), 4), Full(), mesh=mesh)
+        state, info = engine.update(engine.init(), batch)
+        found.append((engine.weights(state), info.log_evidence, engine.predict(state, batch).probabilities))
+        if mesh is not None:
+            with pytest.raises(ValueError, match="sample_outputs needs the whole covariance on one device"):
+                engine.sample_outputs(state, batch, 2)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_kernel_that_moves_weights_between_devices_is_refused():

@@ -40,7 +40,8 @@ def work(folder, name, port):
     import numpyro.distributions as dist
 
     import ssm_nn
-    from ssm_nn.inference import GaussNewton, LaplaceFilter, LowRank
+    from ssm_nn.inference import GaussNewton, LaplaceFilter, LowRank, OnDisk, OnHost
+    from ssm_nn.inference.last_layer import Categorical, Full, LastLayerFilter, feature_head
     from ssm_nn.models import RandomWalk
     from ssm_nn.models.networks import mlp
 
@@ -60,17 +61,29 @@ def work(folder, name, port):
     tasks = [{k: rng.normal(size=(6, n)).astype(np.float32) for k, n in (("x", 8), ("y", 2))} for _ in range(2)]
     mesh = None if port is None else jax.make_mesh((4,), ("weights",))
     engine = LaplaceFilter(program, LowRank(5), estimator=GaussNewton(), mesh=mesh)
-    filtered = engine.run(0, tasks)
+    # both processes write into one folder; the second run goes on behind what the first left there
+    engine.run(0, tasks[:1], history=OnDisk(Path(folder) / f"history of {'one' if port is None else 'both'}"))
+    filtered = engine.run(0, tasks, history=OnDisk(Path(folder) / f"history of {'one' if port is None else 'both'}"))
     posterior = engine.smooth(filtered)
+    on_host = engine.smooth(engine.run(0, tasks, history=OnHost()))
     # numbers of all weights together: no process holds more than its own part
     squares = jax.jit(lambda belief: (belief.mean**2).sum())
     spreads = jax.jit(lambda belief: belief.precision.solve(belief.mean) @ belief.mean)
     found = {"evidence": filtered.log_evidence}
     for t, belief in enumerate(posterior.beliefs):
         found |= {f"square {t}": float(squares(belief)), f"spread {t}": float(spreads(belief))}
+        assert float(squares(on_host.beliefs[t])) == found[f"square {t}"]
     if port is not None:
         assert len(belief.mean.addressable_shards) == 2
         assert not belief.mean.is_fully_addressable
+    batch = {"x": rng.normal(size=(90, 4)).astype(np.float32), "y": np.arange(90) % 3}
+    head = LastLayerFilter(feature_head(Categorical(3), 4), Full(), mesh=mesh)
+    state, info = head.update(head.init(), batch)
+    state, _ = head.remove(state, np.arange(7))
+    state, swept = head.sweep(state)
+    found |= {"head evidence": info.log_evidence, "swept evidence": swept.log_evidence}
+    found |= {f"head weight {i}": float(w) for i, w in enumerate(head.weights(state).ravel())}
+    found["head score"] = float(head.predict(state, batch).log_density.sum())
     (Path(folder) / f"{name}.json").write_text(json.dumps(found))
 
 
