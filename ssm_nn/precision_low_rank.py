@@ -54,12 +54,21 @@ class DiagonalPlusLowRank(NamedTuple):
 
     def solve(self, x: Array) -> Array:
         """``(x - U (L L^T)^-1 U^T (x / D)) / D``."""
-        root = self._root()
         if x.ndim == 1:
-            inner = jax.scipy.linalg.cho_solve((root, True), _project(self.factor, x / self.diagonal))
-            return (x - self.factor @ inner) / self.diagonal
+            return self.solver()(x)
+        root = self._root()
         inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ (x / self.diagonal[:, None]))
         return (x - self.factor @ inner) / self.diagonal[:, None]
+
+    def solver(self) -> Callable[[Array], Array]:
+        """By one root."""
+        root = self._root()
+
+        def solve(x: Array) -> Array:
+            inner = jax.scipy.linalg.cho_solve((root, True), _project(self.factor, x / self.diagonal))
+            return (x - self.factor @ inner) / self.diagonal
+
+        return solve
 
     def logdet(self) -> Array:
         """``sum log D + 2 sum log diag L``."""
