@@ -12,7 +12,7 @@ __all__ = ["conjugate_gradients"]
 
 Array = Any
 
-# roundings, what a sum over the weights loses: below that float32 goes nowhere, however many steps it takes
+# roundings that a sum over the weights may lose: a smaller residual need not be reached
 _ROUNDINGS = 100
 
 
