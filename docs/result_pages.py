@@ -60,7 +60,7 @@ PAGES = {
         "Engines judged by NUTS",
         "A small drifting network by every engine and by NUTS on the same program: k-hat of trajectories and of single "
         "updates, distance of predictions (W2 in NUTS' standard deviations), coverage of 90 % intervals, PSIS-LOO. Below it, "
-        "weights integrated out against NUTS on the full program.",
+        "what beliefs without correlations between layers lose, and weights integrated out against NUTS on the full program.",
         (
             "uv run python benchmarks/engines_against_nuts.py",
             "uv run python benchmarks/lost_by_blocks.py",
