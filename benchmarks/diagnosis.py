@@ -1,10 +1,12 @@
-"""Weights integrated out against NUTS on the full program: time for an effective draw of the kernel's scale.
+"""Weights integrated out against NUTS on the full program: CPU time for an effective draw of the kernel's scale.
 
-    uv run python benchmarks/diagnosis.py [--weights 20 50 100 200] [--tasks 5] [--examples 20] [--draws 200]
+    uv run python benchmarks/diagnosis.py [--program linear] [--weights 200 1000] [--examples 20] [--noise 0.3] [--draws 200]
 
-One linear program, y ~ N(x . theta_t, 0.3^2), theta_t ~ N(theta_{t-1}, scale^2), its scale unknown; the full program is sampled
-by its innovations, which is its better form. The belief is dense, so that both sample one posterior. Effective draws
-are of log scale; compilation is left out on both sides. Rows go to ``<out>/marginalize.csv``; a run that was stopped goes on.
+linear: y ~ N(x . theta_t, noise^2), theta_t ~ N(theta_{t-1}, scale^2), the scale unknown. network: 1-H-1 with 3 H + 1 weights,
+its output layer walking, on readings of a curve whose height drifts. The full program is sampled by its innovations, which is
+its better form. The belief is dense, so that linear programs have one posterior by both. Effective draws are of log scale, of
+two runs together, the second timed; compilation is left out. Run with ``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false``, CPU
+seconds can be compared beside other jobs. Rows go to ``<out>/marginalize.csv``; a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from csv_files import as_text, read_csv, write_csv
+from drifting_curve import visits_of
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC, NUTS
 from rich.console import Console
@@ -29,41 +32,54 @@ from rich.table import Table
 import ssm_nn
 from ssm_nn.inference import Dense, LaplaceFilter
 from ssm_nn.inference.diagnosis import marginalize
-from ssm_nn.models import RandomWalk
+from ssm_nn.models import RandomWalk, Static
+from ssm_nn.models.networks import mlp
 
 OUT = Path(__file__).parent / "results" / "diagnosis"
-SCALE, NOISE = 0.1, 0.3
+SCALE = 0.1
+SETTINGS = ("program", "weights", "tasks", "examples", "noise", "draws")
 
 
-def program_of(num_weights: int) -> Callable[..., None]:
-    """The program with so many weights; the prior keeps the outputs of order one."""
+def program_of(kind: str, num_weights: int, noise: float) -> tuple[Callable[..., None], list[str]]:
+    """The program with so many weights, and the sites that walk; the prior keeps the outputs of order one."""
+    if kind == "linear":
+        network: Any = (lambda params, x: x @ params, jnp.zeros(num_weights))
+        still, walking = {}, ["net.weight"]
+    else:
+        shaped = mlp((1, hidden_units(num_weights), 1), "tanh", seed=0)
+        network, still, walking = shaped, {"layers.0.*": Static()}, ["net.layers.1.kernel", "net.layers.1.bias"]
 
     def program(tasks: Any) -> None:
         scale = numpyro.sample("scale", dist.LogNormal(jnp.log(SCALE), 1.0))
-        net = ssm_nn.weights(
-            "net",
-            (lambda params, x: x @ params, jnp.zeros(num_weights)),
-            prior=dist.Normal(0.0, 1.0),
-            transition=RandomWalk(scale),
-            num_tasks=len(tasks),
-        )
+        kernel = ssm_nn.ByPath(still, otherwise=RandomWalk(scale)) if still else RandomWalk(scale)
+        net = ssm_nn.weights("net", network, prior=dist.Normal(0.0, 1.0), transition=kernel, num_tasks=len(tasks))
 
         def observe(f: Any, task: Any) -> None:
             with numpyro.plate("examples", task["x"].shape[0]):
-                numpyro.sample("y", dist.Normal(f(task["x"]), NOISE), obs=task["y"])
+                outputs = f(task["x"])
+                numpyro.sample("y", dist.Normal(outputs if kind == "linear" else outputs[:, 0], noise), obs=task["y"])
 
         net.over(tasks, observe)
 
-    return program
+    return program, walking
 
 
-def tasks_of(num_weights: int, num_tasks: int, examples: int, seed: int = 0) -> Any:
-    """Tasks drawn from the program at the scale 0.1."""
+def hidden_units(num_weights: int) -> int:
+    """H of a 1-H-1 network; the number of weights must be 3 H + 1."""
+    if num_weights % 3 != 1:
+        raise ValueError(f"weights is {num_weights}; the network 1-H-1 has 3 H + 1")
+    return num_weights // 3
+
+
+def tasks_of(kind: str, num_weights: int, num_tasks: int, examples: int, noise: float, seed: int = 0) -> Any:
+    """Tasks drawn from the linear program at the scale 0.1, or readings of the curve."""
+    if kind == "network":
+        return ssm_nn.stack_tasks(visits_of(seed, num_tasks, examples, 0)[0])
     rng = np.random.default_rng(seed)
     theta, tasks = rng.normal(size=num_weights), []
     for _ in range(num_tasks):
         x = rng.normal(size=(examples, num_weights)) / np.sqrt(num_weights)
-        y = x @ theta + NOISE * rng.normal(size=examples)
+        y = x @ theta + noise * rng.normal(size=examples)
         tasks.append({"x": x.astype("float32"), "y": y.astype("float32")})
         theta = theta + SCALE * rng.normal(size=num_weights)
     return ssm_nn.stack_tasks(tasks)
@@ -71,15 +87,15 @@ def tasks_of(num_weights: int, num_tasks: int, examples: int, seed: int = 0) -> 
 
 def model_of(method: str, num_weights: int, parsed: argparse.Namespace) -> Callable[..., None]:
     """The model that NUTS samples."""
-    program = program_of(num_weights)
+    program, walking = program_of(parsed.program, num_weights, parsed.noise)
     if method == "full":
-        return numpyro.handlers.reparam(program, config={"net.weight": ssm_nn.InnovationReparam()})
+        return numpyro.handlers.reparam(program, config={name: ssm_nn.InnovationReparam() for name in walking})
     return marginalize(program, LaplaceFilter(program, Dense(), hypers={"scale": SCALE}))
 
 
 def measured(method: str, num_weights: int, parsed: argparse.Namespace) -> dict[str, Any]:
-    """One row: warm-up compiles, and the draws are timed."""
-    tasks = tasks_of(num_weights, parsed.tasks, parsed.examples)
+    """One row: warm-up compiles, and so does the first run; the second is timed."""
+    tasks = tasks_of(parsed.program, num_weights, parsed.tasks, parsed.examples, parsed.noise)
     mcmc = MCMC(
         NUTS(model_of(method, num_weights, parsed)),
         num_warmup=parsed.warmup,
@@ -87,34 +103,42 @@ def measured(method: str, num_weights: int, parsed: argparse.Namespace) -> dict[
         progress_bar=False,
     )
     mcmc.warmup(jax.random.key(0), tasks)
-    mcmc.post_warmup_state = mcmc.last_state
-    mcmc.run(mcmc.post_warmup_state.rng_key, tasks)  # compiles the draws
-    mcmc.post_warmup_state = mcmc.last_state
-    began = time.perf_counter()
-    mcmc.run(mcmc.post_warmup_state.rng_key, tasks)
-    draws = np.log(np.asarray(mcmc.get_samples()["scale"], np.float64))
-    seconds = time.perf_counter() - began
-    ess = float(effective_sample_size(draws[None]))
+    draws, seconds, steps = [], 0.0, 0.0
+    for _ in range(2):
+        mcmc.post_warmup_state = mcmc.last_state
+        began = time.process_time()
+        mcmc.run(mcmc.post_warmup_state.rng_key, tasks, extra_fields=("num_steps",))
+        draws.append(np.log(np.asarray(mcmc.get_samples()["scale"], np.float64)))
+        seconds = time.process_time() - began
+        steps = float(np.mean(mcmc.get_extra_fields()["num_steps"]))
+    both = np.concatenate(draws)
+    ess = float(effective_sample_size(both[None])) / 2
     return {
+        "program": parsed.program,
         "weights": num_weights,
         "tasks": parsed.tasks,
         "examples": parsed.examples,
+        "noise": parsed.noise,
         "method": method,
         "draws": parsed.draws,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "ess": ess,
-        "seconds_per_effective": seconds / ess,
-        "mean": draws.mean(),
-        "sd": draws.std(),
+        "cpu_seconds_per_effective": seconds / ess,
+        "steps_per_draw": steps,
+        "mean": both.mean(),
+        "sd": both.std(),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is missing, and print all."""
     parser = argparse.ArgumentParser(description="Weights integrated out against NUTS on the full program.")
-    parser.add_argument("--weights", type=int, nargs="+", default=[20, 50, 100, 200])
+    parser.add_argument("--program", choices=("linear", "network"), default="linear")
+    parser.add_argument("--weights", type=int, nargs="+", default=[200, 1000])
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--examples", type=int, default=20)
+    parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of the likelihood")
+    parser.add_argument("--methods", nargs="+", default=["marginalized", "full"], choices=("marginalized", "full"))
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -123,9 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     file = parsed.out / "marginalize.csv"
     rows = read_csv(file)
     for num_weights in parsed.weights:
-        for method in ("marginalized", "full"):
-            settings = {"weights": num_weights, "tasks": parsed.tasks, "examples": parsed.examples, "method": method}
-            settings["draws"] = parsed.draws
+        for method in parsed.methods:
+            settings = {name: getattr(parsed, name) for name in SETTINGS} | {"weights": num_weights, "method": method}
             if any(all(row[name] == str(value) for name, value in settings.items()) for row in rows):
                 continue
             rows += as_text([measured(method, num_weights, parsed)])
@@ -134,20 +157,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def shown(rows: list[dict[str, str]]) -> Table:
-    """One line a size: both methods, and their ratio."""
-    table = Table(
-        "weights", "marginalized, s", "full, s", "ratio", "log scale", "full", title="seconds for an effective draw"
-    )
-    by_size: dict[int, dict[str, dict[str, str]]] = {}
+    """One line a setting: both methods, and their ratio."""
+    table = Table(*SETTINGS[:-1], "integrated out", "full", "ratio", "steps", "full", "log scale", "full")
+    table.title = "CPU seconds for an effective draw"
+    by_setting: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
-        by_size.setdefault(int(row["weights"]), {})[row["method"]] = row
-    for size, methods in sorted(by_size.items()):
+        by_setting.setdefault(tuple(row[name] for name in SETTINGS), {})[row["method"]] = row
+    for setting, methods in by_setting.items():
         if len(methods) < 2:
             continue
-        ours, full = methods["marginalized"], methods["full"]
-        each = [float(row["seconds_per_effective"]) for row in (ours, full)]
-        moments = [f"{float(row['mean']):.2f} ± {float(row['sd']):.2f}" for row in (ours, full)]
-        table.add_row(str(size), f"{each[0]:.3g}", f"{each[1]:.3g}", f"{each[1] / each[0]:.1f}", *moments)
+        pair = [methods["marginalized"], methods["full"]]
+        each = [float(row["cpu_seconds_per_effective"]) for row in pair]
+        steps = [f"{float(row['steps_per_draw']):.3g}" for row in pair]
+        moments = [f"{float(row['mean']):.2f} ± {float(row['sd']):.2f}" for row in pair]
+        table.add_row(*setting[:-1], *(f"{s:.3g}" for s in each), f"{each[1] / each[0]:.1f}", *steps, *moments)
     return table
 
 

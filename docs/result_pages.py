@@ -60,11 +60,16 @@ PAGES = {
         "Engines judged by NUTS",
         "A small drifting network by every engine and by NUTS on the same program: k-hat of trajectories and of single "
         "updates, distance of predictions (W2 in NUTS' standard deviations), coverage of 90 % intervals, PSIS-LOO. Below it, "
-        "weights integrated out against NUTS on the full program.",
-        ("uv run python benchmarks/engines_against_nuts.py", "uv run python benchmarks/diagnosis.py"),
+        "what beliefs without correlations between layers lose, and weights integrated out against NUTS on the full program.",
+        (
+            "uv run python benchmarks/engines_against_nuts.py",
+            "uv run python benchmarks/lost_by_blocks.py",
+            "uv run python benchmarks/diagnosis.py",
+        ),
         (
             Section("diagnosis/engines-summary.csv", "Engines"),
-            Section("diagnosis/marginalize.csv", "Seconds for an effective draw of the kernel's scale"),
+            Section("diagnosis/blocks.csv", "What a belief without correlations between layers loses"),
+            Section("diagnosis/marginalize.csv", "CPU seconds for an effective draw of the kernel's scale"),
         ),
     ),
     "mean_field": Page(

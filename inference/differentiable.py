@@ -23,19 +23,20 @@ import jax.numpy as jnp
 
 from ssm_nn.extraction import StateSpace, extract
 from ssm_nn.inference.beliefs import Belief, predict_belief
+from ssm_nn.inference.conjugate_gradients import conjugate_gradients
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.inference.map_problem import MapProblem
 from ssm_nn.inference.structures import Cut, LowRank, Structure
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, singular_directions
 from ssm_nn.tasks import Task
 
-__all__ = ["DifferentiableLowRank", "TaskEvidence", "Updated", "differentiable"]
+__all__ = ["MOST_STEPS", "PROBING_STEPS", "DifferentiableLowRank", "TaskEvidence", "Updated", "differentiable"]
 
 Array = Any
 Updated = tuple[tuple[Belief, Array], Array]
 
-_MOST_STEPS = 200  # of conjugate gradients; more than a few tens say that the MAP search ended at no minimum
-_PROBING_STEPS = 50  # for a direction of negative curvature, which lies at the end of the spectrum and is met early
+MOST_STEPS = 200  # of conjugate gradients; more than a few tens say that the MAP search ended at no minimum
+PROBING_STEPS = 50  # for a direction of negative curvature, which lies at the end of the spectrum and is met early
 
 
 class TaskEvidence:
@@ -89,7 +90,7 @@ class TaskEvidence:
         curvature = self.engine.curvature
         rough = curvature.gather(space, self.structure, frozen[0] + shift, task, frozen[1], power, key)
         metric = jax.lax.stop_gradient(self.structure.cut(frozen[1].absorb(rough.site)).precision)
-        d, saddle = _implicit(value_of, shift, metric.solve, key)
+        d, saddle = _implicit(value_of, shift, metric.solver(), key)
         theta = predicted.mean + d
         information = curvature.gather(space, self.structure, theta, task, predicted.precision, power, key)
         precision = self.structure.cut(predicted.precision.absorb(information.site)).precision
@@ -104,41 +105,16 @@ def _implicit(
     # closed over without their derivatives: the Hessian's own change does not count where the gradient is 0
     hessian = jax.linearize(jax.grad(objective), found)[1]
 
+    def by_conjugate_gradients(matvec: Callable[[Array], Array], right: Array, most_steps: int) -> tuple[Array, Array]:
+        return conjugate_gradients(lambda x: matvec(x[0]), right, lambda x: precondition(x)[None], most_steps)
+
     def solve(matvec: Callable[[Array], Array], right: Array) -> Array:
-        return _conjugate_gradients(matvec, right, precondition, _MOST_STEPS)[0]
+        return by_conjugate_gradients(matvec, right, MOST_STEPS)[0]
 
     moved = gradient - jax.lax.stop_gradient(gradient)
     probe = jax.random.normal(key, found.shape, found.dtype)
-    _, rising = jax.lax.stop_gradient(_conjugate_gradients(hessian, probe, precondition, _PROBING_STEPS))
+    _, rising = jax.lax.stop_gradient(by_conjugate_gradients(hessian, probe, PROBING_STEPS))
     return found - jax.lax.custom_linear_solve(hessian, moved, solve, symmetric=True), ~rising
-
-
-def _conjugate_gradients(
-    matvec: Callable[[Array], Array], right: Array, precondition: Callable[[Array], Array], most_steps: int
-) -> tuple[Array, Array]:
-    """Preconditioned; to rounding, and no further than a direction of negative curvature. Whether there was none."""
-    tolerance = 4 * jnp.finfo(right.dtype).eps ** 2
-
-    def unfinished(carry: tuple[Any, ...]) -> Array:
-        _, _, _, size, count, rising = carry
-        return (size > tolerance * start) & (count < most_steps) & rising
-
-    def iterate(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, residual, direction, size, count, _ = carry
-        image = matvec(direction)
-        bend = direction @ image
-        rising = bend > 0
-        length = jnp.where(rising, size / jnp.where(rising, bend, 1.0), jnp.where(count == 0, 1.0, 0.0))
-        x, residual = x + length * direction, residual - length * image
-        white = precondition(residual)
-        after = residual @ white
-        return x, residual, white + after / size * direction, after, count + 1, rising
-
-    white = precondition(right)
-    start = right @ white
-    carry = (jnp.zeros_like(right), right, white, start, jnp.asarray(0), jnp.asarray(True))
-    x, *_, rising = jax.lax.while_loop(unfinished, iterate, carry)
-    return x, rising
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ class Precision(Protocol):
         """``Lambda^-1 x`` for x (P,) or (P, K)."""
         ...
 
+    def solver(self) -> Callable[[Array], Array]:
+        """``solve`` prepared for many vectors x (P,): factors are made once."""
+        ...
+
     def logdet(self) -> Array:
         """``log det Lambda``."""
         ...

@@ -33,7 +33,12 @@ class DensePrecision(NamedTuple):
 
     def solve(self, x: Array) -> Array:
         """By Cholesky."""
-        return cho_solve((jnp.linalg.cholesky(self.matrix), True), x)
+        return self.solver()(x)
+
+    def solver(self) -> Callable[[Array], Array]:
+        """By one Cholesky factor."""
+        root = jnp.linalg.cholesky(self.matrix)
+        return lambda x: cho_solve((root, True), x)
 
     def logdet(self) -> Array:
         """``2 sum log diag L``."""

@@ -35,6 +35,10 @@ class DiagonalPrecision(NamedTuple):
         """``x / d``."""
         return x / (self.diagonal if x.ndim == 1 else self.diagonal[:, None])
 
+    def solver(self) -> Callable[[Array], Array]:
+        """Nothing to prepare."""
+        return self.solve
+
     def logdet(self) -> Array:
         """``sum log d``."""
         return jnp.sum(jnp.log(self.diagonal))

@@ -107,6 +107,10 @@ class KroneckerEigen:
 
         return one(x) if x.ndim == 1 else jax.vmap(one, in_axes=1, out_axes=1)(x)
 
+    def solver(self) -> Callable[[Array], Array]:
+        """Nothing to prepare."""
+        return self.solve
+
     def logdet(self) -> Array:
         """``sum log S``."""
         return sum((jnp.sum(jnp.log(b.values)) for b in self.blocks), self.rest.logdet())

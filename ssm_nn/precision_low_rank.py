@@ -62,6 +62,16 @@ class DiagonalPlusLowRank(NamedTuple):
         inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ (x / self.diagonal[:, None]))
         return (x - self.factor @ inner) / self.diagonal[:, None]
 
+    def solver(self) -> Callable[[Array], Array]:
+        """By one root."""
+        root = self._root()
+
+        def solve(x: Array) -> Array:
+            inner = jax.scipy.linalg.cho_solve((root, True), _project(self.factor, x / self.diagonal))
+            return (x - self.factor @ inner) / self.diagonal
+
+        return solve
+
     def logdet(self) -> Array:
         """``sum log D + 2 sum log diag L``."""
         root = self._root()

@@ -39,6 +39,9 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
     Exact where the filter is: programs that are linear in their weights with Gaussian likelihoods, and a structure that holds
     the precision. For networks Z is Laplace's approximation, task by task.
 
+    A derivative costs O(P T K^2) a task where all T tasks together have no more outputs T K than the P weights, by ``Dense`` or
+    a ``LowRank`` that cuts nothing off and Gauss-Newton searches; O(P^3) by ``Dense`` otherwise.
+
     ``MCMC(NUTS(marginalize(program, engine)), ...).run(key, tasks)`` samples h alone; ``condition`` fixes some of them. Beside
     them stand the deterministic sites ``log_evidence`` and ``unconverged_tasks``: draws where the latter is not 0 have an
     evidence, and a derivative, that is wrong by as much as the MAP search is. Where the evidence is not finite, the density

@@ -2,7 +2,8 @@
 
     log Z(h) = sum_t log Z_t(h)        one scan over the tasks, compiled once a shape
 
-In reverse mode the MAP of a task enters by the implicit function theorem, so that no step of its search is differentiated
+Where all tasks together have no more outputs than there are weights, by covariances of the outputs (output_space.py). In
+reverse mode the MAP of a task enters by the implicit function theorem, so that no step of its search is differentiated
 (inference/differentiable.py). The value is that of ``engine.with_hypers(h).run(key, tasks)``.
 """
 
@@ -18,6 +19,7 @@ from ssm_nn.inference.automatic import AutomaticEstimator
 from ssm_nn.inference.batches import counted_copies
 from ssm_nn.inference.beliefs import Belief, predict_belief
 from ssm_nn.inference.curvature import ExactCurvature
+from ssm_nn.inference.diagnosis.output_space import OutputSpace
 from ssm_nn.inference.differentiable import TaskEvidence, Updated
 from ssm_nn.inference.gauss_newton import GaussNewton
 from ssm_nn.inference.laplace import LaplaceFilter
@@ -28,6 +30,9 @@ from ssm_nn.tasks import Task, Tasks
 __all__ = ["Evidence", "TracedFilter"]
 
 Array = Any
+
+# a task's derivative holds some twenty matrices of the belief's size; up to 512 MiB in float32 they are kept, not made again
+_KEPT_MATRICES, _KEPT_NUMBERS = 20, 2**27
 
 
 class Evidence(NamedTuple):
@@ -57,7 +62,7 @@ class TracedFilter:
             raise ValueError(f"engine has the curvature {engine.curvature!r}; ExactCurvature() has a derivative")
         if not isinstance(engine.estimator, AutomaticEstimator):
             _check_estimator(engine.estimator)
-        self.engine, self._pieces = engine, TaskEvidence(engine)
+        self.engine, self._pieces, self._few = engine, TaskEvidence(engine), OutputSpace(engine)
 
     def __call__(self, hypers: Any, tasks: Tasks, key: Array) -> Evidence:
         """At ``hypers``, every latent site of the program outside its weights.
@@ -70,9 +75,13 @@ class TracedFilter:
         engine = self.engine
         first = counted_copies(tasks.at(0))
         space = extract(engine.program, first, hypers)
+        if self._few.serves(space, first, len(tasks), hypers):
+            values, unconverged = self._few(hypers, tasks, key)
+            return Evidence(jnp.sum(values), jnp.sum(unconverged))
         before = Belief(space.prior_mean, self._pieces.structure.prior(space.prior_variance))
         dtype = space.prior_mean.dtype
-        revised = jax.checkpoint(self._revised)
+        kept = len(tasks) * _KEPT_MATRICES * jax.tree.reduce(lambda n, leaf: n + leaf.size, before.precision, 0)
+        revised = self._revised if kept <= _KEPT_NUMBERS else jax.checkpoint(self._revised)
 
         def step(carry: tuple[Belief, Array, Array], parts: Any) -> tuple[Any, tuple[Array, Array]]:
             belief, index, key = carry
@@ -99,10 +108,13 @@ class TracedFilter:
         predicted = self._predicted(space, belief, index)
         power = jnp.asarray(engine.power, predicted.mean.dtype)
         problem = MapProblem(predicted.mean, predicted.precision, task, hypers, power)
-        # as LaplaceFilter starts: at the network's own weights, or a prior draw where these are zero
-        drawn = predicted.mean + predicted.precision.sample(key)
-        own = jnp.where(jnp.any(space.initial != 0), space.initial, drawn) - predicted.mean
-        start = jnp.where(index == 0, own, jnp.zeros_like(own))
+
+        def first() -> Array:
+            """As LaplaceFilter starts: at the network's own weights, or a prior draw where these are zero."""
+            drawn = predicted.precision.sample(key)
+            return jnp.where(jnp.any(space.initial != 0), space.initial - predicted.mean, drawn)
+
+        start = jax.lax.cond(index == 0, first, lambda: jnp.zeros_like(predicted.mean))
         estimator = engine.estimator
         if isinstance(estimator, AutomaticEstimator):
             estimator = estimator.choice(engine.program, problem)

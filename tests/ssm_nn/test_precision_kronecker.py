@@ -111,6 +111,7 @@ def test_read_outs_equal_dense_algebra():
             "matvec": p.matvec(x),
             "solve": p.solve(x),
             "solve many": p.solve(wide),
+            "solver": p.solver()(x),
             "logdet": p.logdet(),
             "diagonal": p.precision_diagonal(),
             "variance": p.variance(),
