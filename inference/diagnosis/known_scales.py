@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ def _known_scales(space: StateSpace, example: Task) -> set[str]:
     def scales(theta: Array) -> list[Array]:
         sites = space.observed(theta, example)
         names[:] = [name for name, site in sites.items() if type(site.distribution) is dist.Normal]
-        return [jnp.asarray(sites[name].distribution.scale) for name in names]
+        normal = [cast("dist.Normal", sites[name].distribution) for name in names]
+        return [jnp.asarray(distribution.scale) for distribution in normal]
 
     traced = jax.make_jaxpr(scales)(space.initial).jaxpr
 
