@@ -12,7 +12,7 @@ from ssm_nn.extraction import StateSpace
 from ssm_nn.inference.batches import with_mask
 from ssm_nn.tasks import Task
 
-__all__ = ["check_count", "check_finite", "check_positive", "check_support", "check_task"]
+__all__ = ["check_count", "check_finite", "check_positive", "check_support", "check_task", "is_finite"]
 
 Array = Any
 
@@ -24,18 +24,26 @@ def check_count(least: int = 1, **named: Any) -> None:
             raise ValueError(f"{name} is {value!r}; a whole number >= {least} is accepted")
 
 
-def check_finite(least: float, **named: float) -> None:
-    """Raise ValueError for an argument that is not finite, or below ``least``."""
+def check_finite(least: float, **named: Any) -> None:
+    """Raise ValueError for an argument that is no number, not finite, or below ``least``."""
     for name, value in named.items():
-        if not (isfinite(value) and value >= least):
-            raise ValueError(f"{name} is {value}; a finite number >= {least:g} is accepted")
+        if not (is_finite(value) and value >= least):
+            raise ValueError(f"{name} is {value!r}; a finite number >= {least:g} is accepted")
 
 
-def check_positive(**named: float) -> None:
-    """Raise ValueError for an argument that is not finite, or not above 0."""
+def check_positive(**named: Any) -> None:
+    """Raise ValueError for an argument that is no number, not finite, or not above 0."""
     for name, value in named.items():
-        if not (isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}; a finite number > 0 is accepted")
+        if not (is_finite(value) and value > 0):
+            raise ValueError(f"{name} is {value!r}; a finite number > 0 is accepted")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and a finite one."""
+    try:
+        return isfinite(value)
+    except TypeError:  # no number
+        return False
 
 
 def check_task(task: Task) -> None:

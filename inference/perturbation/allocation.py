@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ssm_nn.inference.checks import is_finite
+
 __all__ = ["Allocation", "Evidence", "ExactQuadratic", "FixedRank", "PaperShare", "Scores", "dropped_loss"]
 
 Array = Any
@@ -81,8 +83,8 @@ class PaperShare:
     needs_quadratic, needs_sensitivity = False, True
 
     def __post_init__(self):
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; a share in (0, 1] is accepted, 1 keeps every direction")
+        if not (is_finite(self.alpha) and 0 < self.alpha <= 1):
+            raise ValueError(f"alpha is {self.alpha!r}; a share in (0, 1] is accepted, 1 keeps every direction")
         _check_count("least", self.least)
 
     def choose(self, scores: Scores, budget: int | None) -> np.ndarray:

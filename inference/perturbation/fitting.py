@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -21,6 +20,7 @@ import optax
 
 from ssm_nn.extraction import Program, extract
 from ssm_nn.inference.batches import rows
+from ssm_nn.inference.checks import check_finite, check_positive
 from ssm_nn.inference.epochs import Passes, run_epochs
 from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.perturbation.blocks import Block, Factors, composed
@@ -47,12 +47,8 @@ class SitePrior:
     l2: float = 1.0
 
     def __post_init__(self):
-        if not (isfinite(self.scales) and self.scales > 0):
-            raise ValueError(f"scales is {self.scales}; a finite standard deviation > 0 is accepted")
-        for name in ("l1", "l2"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; a finite number >= 0 is accepted")
+        check_positive(scales=self.scales)
+        check_finite(0.0, l1=self.l1, l2=self.l2)
 
     @classmethod
     def of_mean_loss(cls, l1: float, weight_decay: float, num_examples: int, scales: float = 1.0) -> Self:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite
 from typing import Protocol
 
 import numpy as np
 
-from ssm_nn.inference.checks import check_finite
+from ssm_nn.inference.checks import check_finite, is_finite
 from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.perturbation.state import TaskRecord, record_numbers
 
@@ -31,8 +30,8 @@ class Growth:
     num_tasks: int | None = None
 
     def __post_init__(self):
-        if not (isfinite(self.limit) and self.limit > 0):
-            raise ValueError(f"limit is {self.limit}; a share > 0 is accepted, 0.6 for 60 %")
+        if not (is_finite(self.limit) and self.limit > 0):
+            raise ValueError(f"limit is {self.limit!r}; a share > 0 is accepted, 0.6 for 60 %")
         if self.num_tasks is not None and (not isinstance(self.num_tasks, int) or self.num_tasks < 2):
             raise ValueError(f"num_tasks is {self.num_tasks!r}; a whole number >= 2 is accepted, or None")
 

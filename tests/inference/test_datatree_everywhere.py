@@ -26,7 +26,7 @@ from ssm_nn.inference import (
     write_datatree,
 )
 from ssm_nn.inference.last_layer import Gaussian, LastLayerFilter, feature_head, head_datatree
-from ssm_nn.inference.mean_field import AtPrior, MeanFieldFilter, filter_path, posterior_of, smooth_path
+from ssm_nn.inference.mean_field import AtPrior, MeanFieldFilter, WeightSampling, filter_path, posterior_of, smooth_path
 from ssm_nn.inference.perturbation import PerturbationFilter
 from ssm_nn.inference.perturbation import posterior_of as perturbed_posterior
 from ssm_nn.models import RandomWalk, Static
@@ -96,7 +96,7 @@ def heads():
 
 @pytest.fixture(scope="module")
 def trees(filtered, perturbed, heads):
-    mean_field = MeanFieldFilter(linear, start=AtPrior())
+    mean_field = MeanFieldFilter(linear, start=AtPrior(), estimator=WeightSampling())
     path = filter_path(mean_field, 0, BATCHES)
     state, _ = mean_field.update(mean_field.init(0, BATCHES[0]), BATCHES[0])
     made = {

@@ -94,7 +94,7 @@ def test_no_allocation_exceeds_its_budget(scores, allocation, budget):
     assert scores.cost[allocation.choose(scores, budget)].sum() <= budget
 
 
-@pytest.mark.parametrize("alpha", [0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("alpha", [0, -0.1, 1.1, float("nan"), "0.9"])
 def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha is .*\(0, 1\]"):
         PaperShare(alpha)

@@ -312,6 +312,8 @@ def test_bad_input_is_named(learnt):
         (lambda: engine(cap=0), "cap is 0"),
         (lambda: engine(pruning=OwnTask()), "without growth"),
         (lambda: Growth(0.0), "limit is 0"),
+        (lambda: Growth("0.6"), "limit is '0.6'"),
+        (lambda: fitting.SitePrior(l1="1"), "l1 is '1'"),
         (lambda: Growth(1.0, 1), "num_tasks is 1"),
         (lambda: fitting.SitePrior(scales=0.0), "scales is 0"),
         (lambda: fitting.SitePrior(l1=-1.0), "l1 is -1"),
