@@ -26,6 +26,8 @@ from ssm_nn.weight_mesh import tall_skinny_qr
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 TOLERANCE = {"32": 1e-5, "64": 1e-10}
+# points of little noise take most of S away, one part after another, which float32 does to 1e-7 of S as it was
+DOWNDATED, DOWNDATED_TOLERANCE = "last-layer32/Full Gaussian", 1e-3
 
 
 def in_a_process(script, *arguments):
@@ -54,7 +56,8 @@ def check_equal(found, part):
     for name in names:
         one, mesh = found[f"one/{name}"], found[f"mesh/{name}"]
         scale = max(1.0, float(np.abs(one).max()))
-        np.testing.assert_allclose(mesh, one, rtol=0, atol=TOLERANCE[part[-2:]] * scale, err_msg=name)
+        tolerance = DOWNDATED_TOLERANCE if name.startswith(DOWNDATED) else TOLERANCE[part[-2:]]
+        np.testing.assert_allclose(mesh, one, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("part", ["algebra32", "algebra64", "low-rank64"])
