@@ -67,14 +67,14 @@ def _steps(kind: str, apply: Any, params: Any) -> dict[str, tuple[Callable[[], A
     def loop(params: Any, images: Any, labels: Any) -> Any:
         return lax.scan(step, params, (images, labels))[0]
 
-    ours = networks.conv_general_dilated, image_networks.conv_general_dilated
-    if kind == LAX:  # the networks look it up when they are traced
-        networks.conv_general_dilated = image_networks.conv_general_dilated = lax.conv_general_dilated
+    ours = networks.conv_general_dilated
+    if kind == LAX:  # all networks look it up there when they are traced
+        networks.conv_general_dilated = lax.conv_general_dilated
     try:
         alone = jax.jit(lambda *a: step(*a)[0]).lower(params, (images[0], labels[0])).compile()
         looped = jax.jit(loop).lower(params, images, labels).compile()
     finally:
-        networks.conv_general_dilated, image_networks.conv_general_dilated = ours
+        networks.conv_general_dilated = ours
     return {
         "alone": (partial(alone, params, (images[0], labels[0])), 1),
         "in a loop": (partial(looped, params, images, labels), STEPS),

@@ -17,7 +17,7 @@ __all__ = ["check_count", "check_finite", "check_positive", "check_support", "ch
 Array = Any
 
 
-def check_count(least: int = 1, **named: Any) -> None:
+def check_count(least: int = 1, /, **named: Any) -> None:
     """Raise ValueError for an argument that is not a whole number, or below ``least``."""
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -95,19 +95,12 @@ class OnHost(InMemory):
         """Copy back."""
         like, kept = self._trees[t]
         leaves, structure = jax.tree.flatten(like)
-        return jax.tree.unflatten(structure, [_returned(*pair) for pair in zip(kept, leaves, strict=True)])
+        return jax.tree.unflatten(structure, [back(*pair) for pair in zip(kept, leaves, strict=True)])
 
     def beside(self, name: str) -> OnHost:
         """A new one."""
         del name
         return OnHost()
-
-
-def _returned(kept: Any, like: Any) -> Any:
-    whole = (
-        isinstance(kept, np.ndarray) and isinstance(like, jax.ShapeDtypeStruct) and like.sharding.is_fully_addressable
-    )
-    return jax.device_put(kept, like.sharding) if whole else back(kept, like)
 
 
 class OnDisk:

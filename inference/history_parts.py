@@ -43,7 +43,8 @@ def expected(like: Any) -> Any:
 def back(kept: Any, like: Any) -> Any:
     """The array again, laid out like ``like``."""
     if not _is_spread(like):
-        return kept
+        abstract = isinstance(kept, np.ndarray) and isinstance(like, jax.ShapeDtypeStruct)
+        return jax.device_put(kept, like.sharding) if abstract else kept
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(back(kept, jax.random.key_data(like)), impl=jax.random.key_impl(like))
     places = _places(like)

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ssm_nn.convolutions import conv_general_dilated
-from ssm_nn.models.networks import GroupNorm
+from ssm_nn.models.networks import GroupNorm, convolution
 
 __all__ = ["alexnet", "lenet", "resnet18"]
 
@@ -107,7 +106,7 @@ def _convolutional(
         h, leading = _images(x, input_shape, image)
         norms = iter(params["norms"])
         for layer, (_, border, pooling) in zip(params["convs"], windows, strict=True):
-            h = _convolution(h, layer["kernel"], 1, border) + layer["bias"]
+            h = convolution(h, layer["kernel"], 1, border) + layer["bias"]
             h = _pooled(jax.nn.relu(_normalised(next(norms), h)), pooling)
         h = h.reshape(len(h), -1)
         for layer in params["layers"]:
@@ -167,26 +166,18 @@ def resnet18(
         norms, way_norms = iter(params["norms"]), iter(params["norms"][len(shapes) :])
 
         def step(h: Array, stride: int) -> Array:
-            return normalise(next(norms), _convolution(h, next(convs)["kernel"], stride, 1))
+            return normalise(next(norms), convolution(h, next(convs)["kernel"], stride, 1))
 
         h = jax.nn.relu(step(h, 1))
         for stride in strides:
             inner = step(jax.nn.relu(step(h, stride)), 1)
             if inner.shape != h.shape:
-                h = normalise(next(way_norms), _convolution(h, next(ways)["kernel"], stride, 0))
+                h = normalise(next(way_norms), convolution(h, next(ways)["kernel"], stride, 0))
             h = jax.nn.relu(inner + h)
         h = h.mean((1, 2))
         return (h @ params["head"]["kernel"] + params["head"]["bias"]).reshape(*leading, -1)
 
     return apply, params
-
-
-def _convolution(h: Array, kernel: Array, stride: int, border: int) -> Array:
-    dtype = jnp.result_type(h, kernel)  # the convolution itself promotes nothing
-    pads = ((border, border), (border, border))
-    return conv_general_dilated(
-        h.astype(dtype), kernel.astype(dtype), (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def _pooled(h: Array, size: int) -> Array:

@@ -13,7 +13,7 @@ from jax import lax
 
 from ssm_nn.convolutions import conv_general_dilated
 
-__all__ = ["ACTIVATIONS", "GroupNorm", "cnn", "mlp"]
+__all__ = ["ACTIVATIONS", "GroupNorm", "cnn", "convolution", "mlp"]
 
 Array = Any
 Params = dict[str, list[dict[str, Array]]]
@@ -146,19 +146,20 @@ def cnn(
         leading = jnp.shape(x)[: -len(image)]
         h = jnp.reshape(x, (-1, image[0], image[1], stacked[0]))
         for n, layer in enumerate(params["convs"]):
-            h = _halving_convolution(h, layer["kernel"]) + layer["bias"]
+            # the output (r, c) is centred on the pixel (2 r, 2 c), whatever the parity of H and W
+            h = convolution(h, layer["kernel"], 2, 1) + layer["bias"]
             h = act(h if normaliser is None else normaliser(params["norms"][n], h))
         return _dense(params["layers"], act, h.reshape(*leading, sizes[0]))
 
     return apply, params
 
 
-def _halving_convolution(h: Array, kernel: Array) -> Array:
-    """(N, H, W, in) by (3, 3, in, out) -> (N, ceil(H / 2), ceil(W / 2), out): the output (r, c) is centred on the pixel
-    (2 r, 2 c), whatever the parity of H and W."""
+def convolution(h: Array, kernel: Array, stride: int, border: int) -> Array:
+    """(N, H, W, in) by (h, w, in, out) -> (N, H', W', out) with ``border`` zeros on every side."""
     dtype = jnp.result_type(h, kernel)  # the convolution itself promotes nothing
+    pads = ((border, border), (border, border))
     return conv_general_dilated(
-        h.astype(dtype), kernel.astype(dtype), (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        h.astype(dtype), kernel.astype(dtype), (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 

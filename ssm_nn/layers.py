@@ -101,7 +101,19 @@ class _Tracer:
 
 
 class TiedWeightsError(ValueError):
-    """A leaf meets the data more than once, where a layer of its own was asked for."""
+    """A leaf meets the data more than once, where a layer of its own was asked for.
+
+    Attributes:
+        fact: that, in words, without what is accepted instead: whoever catches it may accept something else.
+    """
+
+    def __init__(self, kernel: Name, uses: int):
+        self.fact = (
+            f"the weights {'.'.join(kernel)} are used {uses} times (tied weights, or a network called twice a task)"
+        )
+        super().__init__(
+            f"{self.fact}: Kronecker factors belong to a layer that is used once; LowRank, Diagonal and Dense are accepted"
+        )
 
 
 def find_layers(outputs: Callable[[Arrays], Array], arrays: Arrays) -> tuple[Layer, ...]:
@@ -115,10 +127,7 @@ def find_layers(outputs: Callable[[Arrays], Array], arrays: Arrays) -> tuple[Lay
     for layer in tracer.layers:
         uses = tracer.uses[layer.kernel]
         if len(uses) > 1:
-            raise TiedWeightsError(
-                f"the weights {'.'.join(layer.kernel)} are used {len(uses)} times (tied weights, or a network called twice a "
-                "task): Kronecker factors belong to a layer that is used once; LowRank, Diagonal and Dense are accepted"
-            )
+            raise TiedWeightsError(layer.kernel, len(uses))
     return tuple(
         _settled(layer, reads, tracer, arrays) for layer, reads in zip(tracer.layers, tracer.reads, strict=True)
     )

@@ -18,7 +18,14 @@ from ssm_nn.moments import Moments
 from ssm_nn.weight_mesh import shards_of_weights, tall_skinny_qr
 from ssm_nn.whitening import Whitening
 
-__all__ = ["Compressed", "DiagonalPlusLowRank", "compress", "singular_directions"]
+__all__ = [
+    "Compressed",
+    "DiagonalPlusLowRank",
+    "cholesky_of_identity_plus",
+    "compress",
+    "singular_directions",
+    "times_inverse_transposed",
+]
 
 Array = Any
 
@@ -46,7 +53,7 @@ class DiagonalPlusLowRank(NamedTuple):
 
     def _root(self) -> Array:
         """The Cholesky factor L of ``I + U^T D^-1 U``."""
-        return _cholesky_of_identity_plus(_weighted_gram(self.factor, 1 / self.diagonal))
+        return cholesky_of_identity_plus(_weighted_gram(self.factor, 1 / self.diagonal))
 
     def matvec(self, x: Array) -> Array:
         """``D x + U (U^T x)``."""
@@ -56,7 +63,7 @@ class DiagonalPlusLowRank(NamedTuple):
         """``(x - U (L L^T)^-1 U^T (x / D)) / D``."""
         if x.ndim == 1:
             gram, projected = _gram_and_projection(self.factor, 1 / self.diagonal, x / self.diagonal)
-            inner = jax.scipy.linalg.cho_solve((_cholesky_of_identity_plus(gram), True), projected)
+            inner = jax.scipy.linalg.cho_solve((cholesky_of_identity_plus(gram), True), projected)
             return (x - self.factor @ inner) / self.diagonal
         root = self._root()
         inner = jax.scipy.linalg.cho_solve((root, True), self.factor.T @ (x / self.diagonal[:, None]))
@@ -83,7 +90,7 @@ class DiagonalPlusLowRank(NamedTuple):
 
     def variance(self) -> Array:
         """``(1 - rowsum((U L^-T)^2) / D) / D``."""
-        squares = jnp.sum(jnp.square(_times_inverse_transposed(self.factor, self._root())), axis=1)
+        squares = jnp.sum(jnp.square(times_inverse_transposed(self.factor, self._root())), axis=1)
         return (1 - squares / self.diagonal) / self.diagonal
 
     def quadratic(self, x: Array) -> Array:
@@ -149,13 +156,13 @@ class DiagonalPlusLowRank(NamedTuple):
         gain, _, noise = moments[:3]
         shrink, root = self._step_root(gain, noise)
         # scaled after the product, in the product's own memory
-        moved = (gain * shrink)[:, None] * _times_inverse_transposed(self.factor, root)
+        moved = (gain * shrink)[:, None] * times_inverse_transposed(self.factor, root)
         return DiagonalPlusLowRank(self.diagonal * shrink, moved)
 
     def _step_root(self, gain: Array, noise: Array) -> tuple[Array, Array]:
         """E and the Cholesky factor of ``M = I + U^T diag(q E) U``."""
         shrink = 1 / (jnp.square(gain) + noise * self.diagonal)
-        return shrink, _cholesky_of_identity_plus(_weighted_gram(self.factor, noise * shrink))
+        return shrink, cholesky_of_identity_plus(_weighted_gram(self.factor, noise * shrink))
 
     def smoother_gain(self, moments: Moments, x: Array) -> Array:
         """``(I - diag(q E) U M^-1 U^T) diag(a E) x``; exactly x for noise 0 and gain 1."""
@@ -163,7 +170,7 @@ class DiagonalPlusLowRank(NamedTuple):
         shrink = 1 / (jnp.square(gain) + noise * self.diagonal)
         pulled = gain * shrink * x
         gram, projected = _gram_and_projection(self.factor, noise * shrink, pulled)
-        inner = jax.scipy.linalg.cho_solve((_cholesky_of_identity_plus(gram), True), projected)
+        inner = jax.scipy.linalg.cho_solve((cholesky_of_identity_plus(gram), True), projected)
         return pulled - noise * shrink * (self.factor @ inner)
 
     def sample_conditional(self, moments: Moments, key: Array) -> Array:
@@ -193,8 +200,8 @@ class DiagonalPlusLowRank(NamedTuple):
         """``E = 1/(1 + q b)``, ``M = I + W^T diag(q E) W``, ``b <- a^2 b E``, ``W <- diag(a E) W M^-T/2``."""
         gain, _, noise = moments[:3]
         shrink = 1 / (1 + noise * message.diagonal)
-        root = _cholesky_of_identity_plus(_weighted_gram(message.factor, noise * shrink))
-        factor = (gain * shrink)[:, None] * _times_inverse_transposed(message.factor, root)
+        root = cholesky_of_identity_plus(_weighted_gram(message.factor, noise * shrink))
+        factor = (gain * shrink)[:, None] * times_inverse_transposed(message.factor, root)
         return DiagonalPlusLowRank(jnp.square(gain) * message.diagonal * shrink, factor)
 
 
@@ -282,7 +289,7 @@ def _over_rows(function: Callable[..., Any], *arrays: Array) -> Any:
     return jax.lax.fori_loop(0, blocks, add, function(*(array[blocks * _BLOCK_ROWS :] for array in arrays)))
 
 
-def _cholesky_of_identity_plus(gram: Array) -> Array:
+def cholesky_of_identity_plus(gram: Array) -> Array:
     """Cholesky factor of ``I + gram``, gram symmetric positive semi-definite: eigenvalues >= 1, so no jitter is needed."""
     return jnp.linalg.cholesky(jnp.eye(gram.shape[0], dtype=gram.dtype) + gram)
 
@@ -292,7 +299,7 @@ def _project(factor: Array, x: Array) -> Array:
     return jnp.sum(factor * x[:, None], axis=0)
 
 
-def _times_inverse_transposed(wide: Array, root: Array) -> Array:
+def times_inverse_transposed(wide: Array, root: Array) -> Array:
     """``wide L^-T`` for wide (P, R), by way of the small inverse: a triangular solve over P columns is ten times slower.
 
     L is the root of ``I + gram``, so that no entry of its inverse is larger than one.

@@ -155,7 +155,7 @@ def functional_distance(
         raise ValueError(f"tasks holds {len(listed)} tasks, but the posterior has {len(posterior)}")
     paths = paths_of_samples(posterior, reference) if isinstance(reference, Mapping) else None
     if paths is not None:
-        check_count(num_samples=len(paths), least=50)
+        check_count(50, num_samples=len(paths))
     elif len(reference) != len(posterior):
         raise ValueError(f"reference has {len(reference)} tasks, but the posterior has {len(posterior)}")
     rows = []

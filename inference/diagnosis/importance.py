@@ -201,7 +201,7 @@ def importance_weights(
     Raises:
         ValueError: too few draws, tasks of another posterior.
     """
-    check_count(key=key, least=0)
+    check_count(0, key=key)
     check_draws(num_samples)
     stack, power = checked_tasks(posterior, tasks)
     ratios = []

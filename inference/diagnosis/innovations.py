@@ -83,8 +83,8 @@ def innovations(
     Raises:
         ValueError: tasks of another posterior, too few draws.
     """
-    check_count(num_samples=num_samples, least=100)
-    check_count(key=key, least=0)
+    check_count(100, num_samples=num_samples)
+    check_count(0, key=key)
     stack, _ = checked_tasks(posterior, tasks)
     filtered, judged = posterior.filtered, {}
     ahead = predicted_beliefs(filtered, stack)

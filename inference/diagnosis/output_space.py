@@ -31,6 +31,7 @@ from ssm_nn.inference.map_problem import CONVERGED, NOT_CONVERGED, NOT_FINITE, M
 from ssm_nn.inference.structures import Dense, LowRank
 from ssm_nn.moments import Moments
 from ssm_nn.precision import step_mean_vector
+from ssm_nn.precision_low_rank import cholesky_of_identity_plus, times_inverse_transposed
 from ssm_nn.tasks import Task, Tasks
 
 __all__ = ["Covariance", "OutputSpace", "Spread"]
@@ -82,10 +83,9 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, covariance: Covariance, new: Array) -> Spread:
         """By one Cholesky factor of (K, K), whose eigenvalues are at least 1."""
-        wide, one = covariance @ new, jnp.eye(new.shape[1], dtype=new.dtype)
-        root = jnp.linalg.cholesky(one + new.T @ wide)
-        inverse = jax.scipy.linalg.solve_triangular(root, one, lower=True)
-        return cls(new, wide @ inverse.T, jnp.sum(jnp.log(jnp.diagonal(root))))
+        wide = covariance @ new
+        root = cholesky_of_identity_plus(new.T @ wide)
+        return cls(new, times_inverse_transposed(wide, root), jnp.sum(jnp.log(jnp.diagonal(root))))
 
     def step(self, covariance: Covariance, x: Array) -> Array:
         """``z = Sigma x`` and ``Lambda' z``, as rows (2, P); Sigma with the columns' information, Lambda' without."""

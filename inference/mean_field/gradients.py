@@ -188,8 +188,9 @@ class LocalReparameterisation(_Draws):
         try:
             layers = layers_of(space, mean, batch)
         except TiedWeightsError as error:
-            tied = str(error).split(":")[0]
-            _warn_drawn_as_weights(f"{tied}, and their outputs cannot be drawn apart", "the weights of all layers")
+            _warn_drawn_as_weights(
+                f"{error.fact}, and their outputs cannot be drawn apart", "the weights of all layers"
+            )
             return ()
         if not layers:
             _warn_drawn_as_weights("no layer was found in the likelihood", "all weights")

@@ -85,8 +85,7 @@ class FanIn:
         try:
             layers = layers_of(space, arrays, with_mask(task))
         except TiedWeightsError as error:
-            tied = str(error).split(":")[0]
-            raise ValueError(f"start is FanIn, but {tied}; OwnWeights(sigma) is accepted") from None
+            raise ValueError(f"start is FanIn, but {error.fact}; OwnWeights(sigma) is accepted") from None
         if not layers:
             raise ValueError("start is FanIn, but no layer was found in the network; OwnWeights(sigma) is accepted")
         inputs = {name: layer.num_inputs for layer in layers for name in (layer.kernel, layer.bias) if name}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ssm_nn.inference.checks import is_finite
+from ssm_nn.inference.checks import check_count, is_finite
 
 __all__ = ["Allocation", "Evidence", "ExactQuadratic", "FixedRank", "PaperShare", "Scores", "dropped_loss"]
 
@@ -85,7 +85,7 @@ class PaperShare:
     def __post_init__(self):
         if not (is_finite(self.alpha) and 0 < self.alpha <= 1):
             raise ValueError(f"alpha is {self.alpha!r}; a share in (0, 1] is accepted, 1 keeps every direction")
-        _check_count("least", self.least)
+        check_count(0, least=self.least)
 
     def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
         """Up to the first cumulative share above alpha; what a budget leaves no room for goes, smallest score first."""
@@ -154,17 +154,12 @@ class FixedRank:
     needs_quadratic, needs_sensitivity = False, False
 
     def __post_init__(self):
-        _check_count("rank", self.rank)
+        check_count(0, rank=self.rank)
 
     def choose(self, scores: Scores, budget: int | None) -> np.ndarray:
         """The first ones; a budget takes the last away, layer by layer."""
         place = _place(scores)
         return _fitted(scores, place < self.rank, np.argsort(place, kind="stable"), budget)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} is {value!r}; a whole number >= 0 is accepted")
 
 
 def _place(scores: Scores) -> np.ndarray:

@@ -25,6 +25,7 @@ import numpy as np
 from ssm_nn.extraction import Program
 from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.laplace import FilterWarning
 from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.minibatch import Minibatch
@@ -106,10 +107,9 @@ class PerturbationFilter:
         curvature_examples: int = 2000,
         hypers: Mapping[str, Array] | None = None,
     ):
-        counts = {"warm_up_epochs": warm_up_epochs, "sweeps": sweeps, "curvature_examples": curvature_examples}
-        for name, value in counts.items() | ({"cap": cap}.items() if cap is not None else set()):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a whole number >= 1 is accepted")
+        check_count(warm_up_epochs=warm_up_epochs, sweeps=sweeps, curvature_examples=curvature_examples)
+        if cap is not None:
+            check_count(cap=cap)
         if pruning is not None and growth is None:
             raise ValueError("pruning is given without growth; it cuts to a budget: give growth=Growth(...) too")
         self.program = program

@@ -10,6 +10,7 @@ from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.util import log_density
 from oracles_gaussian import Chain, condition
+from walking_classifier import quadrants, walking_classifier
 from walking_regression import P, evidence, program, tasks_of
 
 import ssm_nn
@@ -187,22 +188,8 @@ def test_a_network_and_the_lbfgs_search_are_differentiated_too():
     With fewer examples or more units two units may mirror each other, and the search ends at a saddle.
     """
     rng = np.random.default_rng(3)
-    x = rng.normal(size=(3, 40, 2))
-    listed = [{"x": one, "y": (one[:, 0] > 0).astype(int) + (one[:, 1] > 0.5)} for one in x]
-    initial = {"hidden": 0.7 * rng.normal(size=(2, 2)), "head": 0.7 * rng.normal(size=(2, 3))}
-
-    def model(tasks):
-        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
-        network = (lambda params, x: jnp.tanh(x @ params["hidden"]) @ params["head"], initial)
-        net = ssm_nn.weights(
-            "net", network, prior=dist.Normal(0.0, 1.0), transition=RandomWalk(scale), num_tasks=len(tasks)
-        )
-
-        def observe(f, task):
-            with numpyro.plate("examples", task["x"].shape[0]):
-                numpyro.sample("y", dist.Categorical(logits=f(task["x"])), obs=task["y"])
-
-        net.over(tasks, observe)
+    listed = [quadrants(one) for one in rng.normal(size=(3, 40, 2))]
+    model = walking_classifier(rng, 2)
 
     with jax.enable_x64(True):
         engine = LaplaceFilter(model, Dense(), hypers={"scale": 0.3}, estimator=Lbfgs(tolerance=1e-9))

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import pytest
+from walking_classifier import quadrants, walking_classifier
 from walking_regression import P, evidence, program, tasks_of
 
 import ssm_nn
@@ -14,7 +13,6 @@ from ssm_nn.inference import Dense, Diagonal, GaussNewton, Kronecker, LaplaceFil
 from ssm_nn.inference.batches import counted_copies
 from ssm_nn.inference.diagnosis.output_space import Covariance, OutputSpace, Spread
 from ssm_nn.inference.diagnosis.traced_filter import TracedFilter
-from ssm_nn.models import RandomWalk
 
 HYPERS = {"noise.first": 0.4, "noise.second": 0.05, "gain.first": 0.8, "gain.second": -0.5}
 
@@ -69,24 +67,8 @@ def test_on_a_network_they_are_those_of_the_filter():
     """Against differences of the filter's own evidence; tasks differ in size, and the likelihood counts twice."""
     rng = np.random.default_rng(3)
     sizes = (4, 2, 3)
-    listed = [
-        {"x": x, "y": (x[:, 0] > 0).astype(int) + (x[:, 1] > 0.5)} for x in (rng.normal(size=(n, 2)) for n in sizes)
-    ]
-    initial = {"hidden": 0.7 * rng.normal(size=(2, 8)), "head": 0.7 * rng.normal(size=(8, 3))}
-
-    def model(tasks):
-        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
-        network = (lambda params, x: jnp.tanh(x @ params["hidden"]) @ params["head"], initial)
-        net = ssm_nn.weights(
-            "net", network, prior=dist.Normal(0.0, 1.0), transition=RandomWalk(scale), num_tasks=len(tasks)
-        )
-
-        def observe(f, task):
-            with numpyro.plate("examples", task["x"].shape[0]):
-                numpyro.sample("y", dist.Categorical(logits=f(task["x"])), obs=task["y"])
-
-        net.over(tasks, observe)
-
+    listed = [quadrants(rng.normal(size=(n, 2))) for n in sizes]
+    model = walking_classifier(rng, 8)
     engine = LaplaceFilter(model, Dense(), hypers={"scale": 0.3}, estimator=GaussNewton(tolerance=1e-13), power=2.0)
     assert serves(engine, listed)
     found, slope = traced_slope(engine, listed)
