@@ -2,8 +2,9 @@
 
     uv run python benchmarks/kills.py --kills 100
 
-A run of each engine in turn gets SIGKILL, SIGTERM or SIGINT after a random time, and again after it is resumed if it lives
-so long; then it is resumed to its end. Results go to benchmarks/results/kills.csv, one line a kill.
+A run of each engine in turn (those of kill_cells.py from Python, and ``ssm-nn run``) gets SIGKILL, SIGTERM or SIGINT after a
+random time of work, and again whenever it is resumed, until it ends before the next kill. Results go to
+benchmarks/results/kills.csv, one line a kill; ``equal`` is that of the end of its run.
 """
 
 from __future__ import annotations
@@ -16,37 +17,67 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import typer
 from csv_files import write_csv
-from rich.progress import track
+from rich.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "kills.csv"
-ENGINES = ("low-rank", "diagonal", "dense")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+PYTHON = ("filter, low rank", "filter, Kronecker", "mean field", "last layer", "perturbation")
+COMMAND = "ssm-nn run"
 SIZE = ["--tasks", "3", "--labels", "12", "--hidden", "3", "--seeds", "1", "--draws", "2", "--noise", "last=0.5"]
+MOST = 6  # kills of one run: then it may end
 COLUMNS = ("engine", "signal", "after_seconds", "ended_first", "equal", "said")
 
 
-def started(*arguments: str) -> subprocess.Popen:
-    """``ssm-nn`` in a process of its own, quietly."""
-    command = [sys.executable, "-c", "from ssm_nn.command_line import main; main()", *arguments, "--quiet"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+class Run(NamedTuple):
+    """An engine in a folder."""
+
+    engine: str
+    folder: Path
+
+    def command(self) -> list[str]:
+        """That begins it, or goes on with it."""
+        if self.engine != COMMAND:
+            return [sys.executable, str(Path(__file__).with_name("kill_cells.py")), self.engine, str(self.folder)]
+        begun = (self.folder / "run" / "settings.json").exists()
+        place = str(self.folder / "run")
+        arguments = ["resume", place] if begun else ["run", "--engine", "diagonal", *SIZE, "--out", place]
+        # as its own command, but for the word by which the clock starts
+        code = "from ssm_nn.command_line import main; print('begins', flush=True); main()"
+        return [sys.executable, "-c", code, *arguments, "--quiet"]
+
+    def result(self) -> bytes:
+        """What its end has left."""
+        return (self.folder / ("run/metrics.csv" if self.engine == COMMAND else "result.npz")).read_bytes()
 
 
-def finish(*arguments: str) -> None:
-    """Run to the end; an error stops the benchmark."""
-    process = started(*arguments)
+def started(run: Run, compiled: Path) -> subprocess.Popen:
+    """In a process of its own that has imported everything."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process: subprocess.Popen = subprocess.Popen(run.command(), env=environment, **pipes)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def finish(run: Run, compiled: Path) -> float:
+    """Seconds of work to the end; an error stops the benchmark."""
+    process, began = started(run, compiled), time.perf_counter()
     _, said = process.communicate()
     if process.returncode:
-        raise SystemExit(f"ssm-nn {' '.join(arguments)} ended with {process.returncode}: {said}")
+        raise SystemExit(f"{run.engine} ended with {process.returncode}: {said}")
+    return time.perf_counter() - began
 
 
-def killed(chosen: signal.Signals, after: float, *arguments: str) -> tuple[bool, str]:
+def killed(run: Run, compiled: Path, chosen: signal.Signals, after: float) -> tuple[bool, str]:
     """Whether the run ended before the signal came, and what it said."""
-    process = started(*arguments)
+    process = started(run, compiled)
     try:
         _, said = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
@@ -56,45 +87,50 @@ def killed(chosen: signal.Signals, after: float, *arguments: str) -> tuple[bool,
     return True, said
 
 
-def trial(engine: str, folder: Path, whole: bytes, seconds: float, dice: random.Random) -> list[list[object]]:
-    """One or two kills of one run, then its end; a line for each kill."""
-    path = folder / "run"
+def trial(run: Run, compiled: Path, whole: bytes, seconds: float, dice: random.Random) -> list[list[object]]:
+    """One run, killed until it ends; a line for each kill."""
     lines: list[list[object]] = []
-    for _ in range(dice.choice((1, 2))):
-        begun = (path / "settings.json").exists()
-        arguments = ("resume", str(path)) if begun else ("run", "--engine", engine, *SIZE, "--out", str(path))
+    ended = False
+    while not ended and len(lines) < MOST:
         chosen, after = dice.choice(SIGNALS), dice.uniform(0, seconds)
-        first, said = killed(chosen, after, *arguments)
-        lines.append([engine, chosen.name, round(after, 2), first, "", "" if "Traceback" not in said else "Traceback"])
-        if first:
-            break
-    if (path / "settings.json").exists():
-        finish("resume", str(path))
-    else:
-        finish("run", "--engine", engine, *SIZE, "--out", str(path))
-    equal = (path / "metrics.csv").read_bytes() == whole
+        ended, said = killed(run, compiled, chosen, after)
+        # Python itself says KeyboardInterrupt in a traceback; the command must not
+        loud = "Traceback" in said and (run.engine == COMMAND or chosen is not signal.SIGINT)
+        lines.append(
+            [run.engine, chosen.name, round(after, 2), ended, "", said.strip().splitlines()[-1] if loud else ""]
+        )
+    if not ended:
+        finish(run, compiled)
+    equal = run.result() == whole
     return [[*line[:4], equal, line[5]] for line in lines]
 
 
-def main(kills: int = 100, seed: int = 0) -> None:
-    """Kill ``kills`` times or once more."""
+def main(kills: int = 100, seed: int = 0, out: Path = RESULTS) -> None:
+    """Kill ``kills`` times or a few times more."""
     dice = random.Random(seed)
+    engines = (*PYTHON, COMMAND)
     with tempfile.TemporaryDirectory() as name:
         folder, whole, seconds = Path(name), {}, {}
-        for engine in ENGINES:
-            began = time.perf_counter()
-            finish("run", "--engine", engine, *SIZE, "--out", str(folder / engine))
-            seconds[engine] = time.perf_counter() - began
-            whole[engine] = (folder / engine / "metrics.csv").read_bytes()
+        compiled = folder / "compiled"
+        for number, engine in enumerate(engines):
+            for again in ("first", "second"):  # the second finds its programs compiled, as the killed ones do
+                run = Run(engine, folder / f"{number}-{again}")
+                run.folder.mkdir()
+                seconds[engine] = finish(run, compiled)
+                if whole.setdefault(engine, run.result()) != run.result():
+                    raise SystemExit(f"{engine}: two runs that nothing disturbed differ")
         lines: list[list[object]] = []
-        for number in track(range(kills), "kills"):
-            if len(lines) >= kills:
-                continue
-            engine = ENGINES[number % len(ENGINES)]
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                lines += trial(engine, Path(place), whole[engine], seconds[engine], dice)
-            RESULTS.parent.mkdir(exist_ok=True)
-            write_csv(RESULTS, (dict(zip(COLUMNS, line, strict=True)) for line in lines))
+        turn = 0
+        with Progress() as progress:
+            bar = progress.add_task("kills", total=kills)
+            while len(lines) < kills:
+                engine = engines[turn % len(engines)]
+                turn += 1
+                with tempfile.TemporaryDirectory(dir=folder) as place:
+                    lines += trial(Run(engine, Path(place)), compiled, whole[engine], seconds[engine], dice)
+                progress.update(bar, completed=len(lines))
+                out.parent.mkdir(exist_ok=True)
+                write_csv(out, (dict(zip(COLUMNS, line, strict=True)) for line in lines))
     equal = sum(bool(line[4]) for line in lines)
     loud = sum(bool(line[5]) for line in lines)
     inside = sum(not line[3] for line in lines)
