@@ -158,10 +158,11 @@ def _(information: KroneckerEigen, gain: Array, precision: Any) -> Array:
     The diagonal of a product in two bases takes (I O)^2 numbers a layer, its trace I O. With one gain and one noise a layer,
     which is all that the structure carries, nothing but sums over layers is asked for.
     """
-    matrices = []
-    for one, two, layer in zip(information.blocks, precision.blocks, precision.places.layers, strict=True):
+    matrices, places = [], precision.places
+    for one, two, layer, step in zip(
+        information.blocks, precision.blocks, places.layers, places.firsts(gain), strict=True
+    ):
         inverse = two._replace(values=1 / two.values).in_basis(one.inputs, one.outputs)
-        trace = gain[layer.start] * jnp.sum(one.values * inverse)
-        matrices.append(jnp.full_like(inverse, trace / inverse.size))
-    places = precision.places
+        trace = step * jnp.sum(one.values * inverse)
+        matrices.append(jnp.full_like(inverse, trace / layer.size))
     return places.join(matrices, product_diagonal(information.rest, places.rest_of(gain), precision.rest))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,11 +28,12 @@ from ssm_nn.inference.batches import index_batches, rows, some_examples
 from ssm_nn.inference.checks import check_count, check_finite, check_positive
 from ssm_nn.inference.curvature import Information, columns, random_column, sampled_gradient
 from ssm_nn.inference.layer_passes import LayerPasses, layers_of
+from ssm_nn.inference.sharding import ShardedLayout
 from ssm_nn.inference.structures import Cut, LowRank
 from ssm_nn.layer_places import LayerPlace, Places
 from ssm_nn.layers import Layer
 from ssm_nn.moments import Moments
-from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen, common_basis
+from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen, common_bases
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
 from ssm_nn.tasks import Task
 
@@ -49,7 +51,7 @@ class Kronecker:
 
     Memory (I^2 + O^2 + I O) a layer. Dense and convolutional layers are found by tracing the network; weights outside them,
     such as those of normalisers, keep a diagonal plus low rank, and a warning names them. Serves kernels with one gain and
-    one noise a layer, bias included.
+    one noise a layer, bias included. On a mesh each device makes the bases of some layers, and keeps rows of all.
 
     Args:
         rank: of the weights outside the layers.
@@ -79,14 +81,13 @@ class Kronecker:
         """One gain and one noise a layer, and one map of its outputs."""
         _check_maps(moments, precision.places)
         for name in ("gain", "noise"):
-            vector = np.asarray(getattr(moments, name))
-            for layer in precision.places.layers:
-                here = np.concatenate([vector[slice(*span)] for span in layer.spans])
-                if here.min() != here.max():
+            bounds = np.asarray(_bounds(precision.places, getattr(moments, name)))
+            for layer, (least, most) in zip(precision.places.layers, bounds, strict=True):
+                if least != most:
                     raise ValueError(
-                        f"the kernel's {name} differs within the layer of {layer.name!r} ({here.min():.3g} to "
-                        f"{here.max():.3g}): Kronecker carries one gain and one noise a layer, its bias included; give both "
-                        "leaves one kernel, or use LowRank, Diagonal or Dense"
+                        f"the kernel's {name} differs within the layer of {layer.name!r} ({least:.3g} to {most:.3g}): "
+                        "Kronecker carries one gain and one noise a layer, its bias included; give both leaves one kernel, or "
+                        "use LowRank, Diagonal or Dense"
                     )
 
     def prior(self, variance: Array) -> KroneckerEigen:
@@ -113,6 +114,13 @@ class Kronecker:
         return replace(message, rest=LowRank(self.rank).cut_message(message.rest, precision.rest))
 
 
+@partial(jax.jit, static_argnums=0)
+def _bounds(places: Places, vector: Array) -> Array:
+    """(layers, 2): the least and the largest of each layer's weights."""
+    rows = [layer.real(matrix) for layer, matrix in zip(places.layers, places.matrices(vector), strict=True)]
+    return jnp.stack([jnp.stack([jnp.min(r), jnp.max(r)]) for r in rows]) if rows else jnp.zeros((0, 2))
+
+
 def _check_maps(moments: Moments, places: Places) -> None:
     maps = {} if moments.permutation is None else {leaf.start: leaf for leaf in moments.permutation.leaves}
     for layer in places.layers:
@@ -133,10 +141,13 @@ def find_places(space: StateSpace, task: Task) -> Places:
     def place(layer: Layer) -> LayerPlace:
         site = starts[layer.kernel]
         bias = None if layer.bias is None else starts[layer.bias].start
-        return LayerPlace(site.name, site.start, site.shape, layer.input_axes, layer.output_axis, bias)
+        found = LayerPlace(site.name, site.start, site.shape, layer.input_axes, layer.output_axis, bias)
+        return found if spread is None else found._replace(filling=-found.num_rows % spread.shards)
 
+    spread = space.layout if isinstance(space.layout, ShardedLayout) else None
     layers = layers_of(space, task, space.layout.arrays(space.prior_mean))
-    places = Places(tuple(place(layer) for layer in layers), space.layout.size)
+    size = sum(site.stop - site.start for site in space.layout.sites)
+    places = Places(tuple(place(layer) for layer in layers), size, spread)
     outside = [s.name for s in space.layout.sites if any(start <= s.start < stop for start, stop in places.rest)]
     if outside:
         warnings.warn(
@@ -189,11 +200,13 @@ class KroneckerCurvature:
         draw = self._draws(space, theta, task, predicted, power, rough_key) if self.spread else None
         passes = LayerPasses(space, theta, task, chosen, sign_key, self.examples, draw)
         sides = passes.sides()
-        blocks = []
+        traces = []
         for block, (inputs, outputs), layer in zip(predicted.blocks, sides, passes.layers, strict=True):
             share = self.strength * scale / (counted * layer.positions)
             new = inputs * (jnp.trace(outputs) * share), outputs * (jnp.trace(inputs) * share)
-            blocks.append(EigenBlock(*common_basis([block.traces(), new]), block.values))
+            traces.append([block.traces(), new])
+        bases = common_bases(predicted.places.layers, traces)
+        blocks = [EigenBlock(*basis, b.values) for basis, b in zip(bases, predicted.blocks, strict=True)]
         blocks = [
             block._replace(values=scale * values) for block, values in zip(blocks, passes.squares(blocks), strict=True)
         ]

@@ -30,6 +30,7 @@ from ssm_nn.inference.beliefs import Belief, Filtered, FilterState, Info, predic
 from ssm_nn.inference.checks import check_positive, check_support, check_task
 from ssm_nn.inference.curvature import Curvature, ExactCurvature
 from ssm_nn.inference.histories import History, InMemory, Recalled
+from ssm_nn.inference.kronecker import Kronecker
 from ssm_nn.inference.map_problem import NOT_CONVERGED, NOT_FINITE, MapEstimator, MapProblem, all_finite, norm
 from ssm_nn.inference.posterior import Posterior
 from ssm_nn.inference.sharding import ShardedProgram, checked_mesh, everywhere, on_mesh
@@ -64,7 +65,7 @@ class LaplaceFilter:
         power: how often the likelihood counts, > 0; 1 is Bayes' rule, 1 / power is the temperature of a cold posterior.
             With another power the evidence is that of the tempered likelihood.
         mesh: a ``jax.sharding.Mesh``: beliefs are spread over its axis ``weights``, batches over its axis ``data``. For
-            ``LowRank`` and ``Diagonal``; weights lie in the order of ``inference.sharding.ShardedLayout``.
+            ``LowRank``, ``Diagonal`` and ``Kronecker``; weights lie in the order of ``inference.sharding.ShardedLayout``.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class LaplaceFilter:
                 f"structure is {structure!r}; LowRank(rank), Diagonal(), Dense() and Kronecker() are accepted"
             )
         self.structure = LowRank(20) if structure is None else structure
-        if mesh is not None and not isinstance(self.structure, LowRank | Diagonal):
-            raise ValueError(f"mesh serves LowRank and Diagonal, not {self.structure}")
+        if mesh is not None and not isinstance(self.structure, LowRank | Diagonal | Kronecker):
+            raise ValueError(f"mesh serves LowRank, Diagonal and Kronecker, not {self.structure}")
         self.mesh = None if mesh is None else checked_mesh(mesh)
         self.program = program if self.mesh is None else ShardedProgram(program, self.mesh)
         self.hypers = everywhere(self.program, _strongly_typed(hypers or {}))
@@ -247,14 +248,12 @@ class LaplaceFilter:
             moments, predicted, _ = jax.eval_shape(self._predict, self.hypers, state, as_arrays(task), state.key)
         site = jax.eval_shape(lambda precision: precision.no_information(), predicted.precision)
 
-        def placed(leaf: Any) -> Any:
-            if self.mesh is None:
-                return leaf
-            rows = leaf.shape[:1] == state.mean.shape
-            like = state.mean if rows else state.step
+        def placed(leaf: Any, like: Any) -> Any:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding)
 
-        moments, site = jax.tree.map(placed, (moments, site))
+        if self.mesh is not None:
+            moments = jax.tree.map(lambda leaf: placed(leaf, state.mean), moments)
+            site = jax.tree.map(placed, site, state.precision)
         return state, Info.without_data(moments, site, 0.0)
 
     def _mark(self, layout: Layout, state: FilterState) -> str:

@@ -49,15 +49,13 @@ class LayerCoordinates:
         self.rest = precision.rest.whitening()
         self.unit = jnp.sqrt(precision.whitening().smallest)
         self.scales = [self.unit / jnp.sqrt(block.values) for block in self.blocks]
-        self.means = [layer.matrix(mean) for layer in self.places.layers]
+        self.means = self.places.matrices(mean)
         # in the layer's own basis, where its data are
         self.turned_means = {k: self.blocks[k].rotate(self.means[k]) for k in turned}
 
     def enter(self, shift: Array) -> LayerPosition:
         """The position of a shift d (P,)."""
-        turned = [
-            block.rotate(layer.matrix(shift)) for block, layer in zip(self.blocks, self.places.layers, strict=True)
-        ]
+        turned = [block.rotate(matrix) for block, matrix in zip(self.blocks, self.places.matrices(shift), strict=True)]
         layers = tuple(matrix / scale for matrix, scale in zip(turned, self.scales, strict=True))
         return LayerPosition(layers, self.rest.whiten(self.places.rest_of(shift)) / self.unit)
 
@@ -91,7 +89,8 @@ class LayerCoordinates:
             basis, wide = self.blocks[k].inputs, entering.astype(self.mean.dtype)
             # once a task, so to the last digit on every device
             turned = jnp.matmul(wide, basis[: wide.shape[1]], precision=jax.lax.Precision.HIGHEST)
-            made.append(turned + basis[-1] if self.places.layers[k].bias_start is not None else turned)
+            biased = self.places.layers[k].bias_start is not None
+            made.append(turned + basis[wide.shape[1]] if biased else turned)
         return tuple(made)
 
     def log_likelihood(

@@ -99,7 +99,8 @@ class LayerPasses:
         """Sum over examples of the squared gradients (I, O) in the given bases."""
 
         def of_layer(block: EigenBlock, inputs: Array, gradients: Array) -> Array:
-            a, g = inputs @ block.inputs, gradients @ block.outputs  # (n, p, I), (n, c, p, O)
+            # rows of no weight have no inputs
+            a, g = inputs @ block.inputs[: inputs.shape[-1]], gradients @ block.outputs  # (n, p, I), (n, c, p, O)
             if a.shape[1] == 1:
                 return jnp.square(a[:, 0]).T @ jnp.sum(jnp.square(g[:, :, 0]), axis=1)
             return jnp.sum(jnp.square(jnp.einsum("npi,ncpo->ncio", a, g)), axis=(0, 1))

@@ -6,6 +6,9 @@ for the matrix W (I, O) of a layer, its bias as last row; independent between la
 Z = V_A^T W V_G everything is elementwise. It is closed under a step with one gain and one noise a layer, and under known
 maps of a layer's inputs or outputs. Weights outside the layers keep a diagonal plus low rank.
 
+On a mesh V_A and S lie by rows along its axis ``weights``, V_G where its size allows it. Rows that no weight has, which make
+their number divisible, have a basis of their own, learn nothing, and count nowhere.
+
 Source of the basis: Martens and Grosse 2015 (arXiv 1503.05671), of the eigenvalues George et al. 2018 (arXiv 1806.03884).
 """
 
@@ -23,6 +26,7 @@ from ssm_nn.coordinate_map import CoordinateMap, LeafMap, along_axis
 from ssm_nn.layer_places import LayerPlace, Places
 from ssm_nn.moments import Moments
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank
+from ssm_nn.weight_mesh import by_rows, eigenvectors_of_each, on_every_device
 from ssm_nn.whitening import Whitening
 
 __all__ = ["EigenBlock", "KroneckerEigen"]
@@ -79,8 +83,7 @@ class KroneckerEigen:
     def diagonal(cls, values: Array, places: Places, rank: int) -> KroneckerEigen:
         """``diag(values)``, exactly, in the basis of the weights themselves."""
         blocks = []
-        for layer in places.layers:
-            matrix = layer.matrix(values)
+        for matrix in places.matrices(values, filling=1.0):
             rows, outputs = matrix.shape
             blocks.append(EigenBlock(jnp.eye(rows, dtype=matrix.dtype), jnp.eye(outputs, dtype=matrix.dtype), matrix))
         rest = places.rest_of(values)
@@ -88,11 +91,15 @@ class KroneckerEigen:
         factor = jnp.zeros((rest.shape[0], rank if rest.shape[0] else 0), rest.dtype)
         return cls(tuple(blocks), DiagonalPlusLowRank(rest, factor), places)
 
+    def along_weights(self) -> KroneckerEigen:
+        """Laid out by rows along the mesh in context."""
+        return replace(self, blocks=jax.tree.map(by_rows, self.blocks), rest=on_every_device(self.rest))
+
     def _vector(
         self, of_block: Callable[[EigenBlock, Array], Array], of_rest: Callable[[Array], Array], x: Array
     ) -> Array:
         """Apply one function to each layer's matrix and one to the rest."""
-        matrices = [of_block(b, layer.matrix(x)) for b, layer in zip(self.blocks, self.places.layers, strict=True)]
+        matrices = [of_block(b, w) for b, w in zip(self.blocks, self.places.matrices(x), strict=True)]
         return self.places.join(matrices, of_rest(self.places.rest_of(x)))
 
     def matvec(self, x: Array) -> Array:
@@ -113,22 +120,29 @@ class KroneckerEigen:
 
     def logdet(self) -> Array:
         """``sum log S``."""
-        return sum((jnp.sum(jnp.log(b.values)) for b in self.blocks), self.rest.logdet())
+        return sum((jnp.sum(jnp.log(values)) for values in self._real_values()), self.rest.logdet())
+
+    def _real_values(self) -> list[Array]:
+        """S of the rows that are weights."""
+        return [layer.real(b.values) for b, layer in zip(self.blocks, self.places.layers, strict=True)]
+
+    def _diagonal(self, matrices: Sequence[Array], rest: Array) -> Array:
+        """(P,), all of it positive."""
+        return self.places.join(matrices, rest, filling=jnp.max(matrices[0]) if matrices else 1.0)
 
     def precision_diagonal(self) -> Array:
         """(P,)."""
-        matrices = [b.diagonal(b.values) for b in self.blocks]
-        return self.places.join(matrices, self.rest.precision_diagonal())
+        return self._diagonal([b.diagonal(b.values) for b in self.blocks], self.rest.precision_diagonal())
 
     def variance(self) -> Array:
         """(P,)."""
-        return self.places.join([b.diagonal(1 / b.values) for b in self.blocks], self.rest.variance())
+        return self._diagonal([b.diagonal(1 / b.values) for b in self.blocks], self.rest.variance())
 
     def quadratic(self, x: Array) -> Array:
         """``sum S Z^2``."""
         total = self.rest.quadratic(self.places.rest_of(x))
-        for block, layer in zip(self.blocks, self.places.layers, strict=True):
-            total = total + jnp.sum(block.values * jnp.square(block.rotate(layer.matrix(x))))
+        for block, matrix in zip(self.blocks, self.places.matrices(x), strict=True):
+            total = total + jnp.sum(block.values * jnp.square(block.rotate(matrix)))
         return total
 
     def quadratic_form(self) -> Callable[[Array], Array]:
@@ -138,7 +152,7 @@ class KroneckerEigen:
     def whitening(self) -> Whitening:
         """``sqrt S * Z``, elementwise but for the turn into the basis and back."""
         rest = self.rest.whitening()
-        smallest = jnp.stack([*(jnp.min(b.values) for b in self.blocks), rest.smallest])
+        smallest = jnp.stack([*(jnp.min(values) for values in self._real_values()), rest.smallest])
         return Whitening(
             lambda x: self._vector(lambda b, w: jnp.sqrt(b.values) * b.rotate(w), rest.whiten, x),
             lambda z: self._vector(lambda b, w: b.back(w / jnp.sqrt(b.values)), rest.colour, z),
@@ -160,15 +174,17 @@ class KroneckerEigen:
 
     def to_dense(self) -> Array:
         """(P, P)."""
-        return jax.vmap(self.matvec, out_axes=1)(jnp.eye(self.places.size, dtype=self.rest.diagonal.dtype))
+        return jax.vmap(self.matvec, out_axes=1)(jnp.eye(self.places.length, dtype=self.rest.diagonal.dtype))
 
     def add(self, site: KroneckerEigen) -> KroneckerEigen:
         """The sum, in the basis of its partial traces: exact where the sum is a Kronecker product, else its diagonal there."""
-        blocks = []
-        for one, two in zip(self.blocks, site.blocks, strict=True):
-            bases = common_basis([one.traces(), two.traces()])
-            blocks.append(EigenBlock(*bases, one.in_basis(*bases) + two.in_basis(*bases)))
-        return replace(self, blocks=tuple(blocks), rest=self.rest.add(site.rest))
+        pairs = list(zip(self.blocks, site.blocks, strict=True))
+        bases = common_bases(self.places.layers, [[one.traces(), two.traces()] for one, two in pairs])
+        blocks = tuple(
+            EigenBlock(*basis, one.in_basis(*basis) + two.in_basis(*basis))
+            for basis, (one, two) in zip(bases, pairs, strict=True)
+        )
+        return replace(self, blocks=blocks, rest=self.rest.add(site.rest))
 
     def absorb(self, site: KroneckerEigen) -> KroneckerEigen:
         """The sum in the site's basis, which was chosen for both: trace and diagonal there are exact."""
@@ -206,7 +222,7 @@ class KroneckerEigen:
 
     def steps(self, moments: Moments) -> list[tuple[Array, Array]]:
         """Gain and noise of each layer, read at its first weight: they are checked to be one number a layer."""
-        return [(moments.gain[layer.start], moments.noise[layer.start]) for layer in self.places.layers]
+        return list(zip(self.places.firsts(moments.gain), self.places.firsts(moments.noise), strict=True))
 
     def _rest_moments(self, moments: Moments) -> Moments:
         return Moments(*(self.places.rest_of(m) for m in moments[:3]))
@@ -222,10 +238,10 @@ class KroneckerEigen:
     def smoother_gain(self, moments: Moments, x: Array) -> Array:
         """``a / (a^2 + q S)``, elementwise in the basis."""
         matrices = []
-        for b, layer, (a, q) in zip(self.blocks, self.places.layers, self.steps(moments), strict=True):
+        for b, matrix, (a, q) in zip(self.blocks, self.places.matrices(x), self.steps(moments), strict=True):
             # a step without noise pulls all the way, to the last bit
-            pulled = b.back(a / (jnp.square(a) + q * b.values) * b.rotate(layer.matrix(x)))
-            matrices.append(jnp.where((q == 0) & (a == 1), layer.matrix(x), pulled))
+            pulled = b.back(a / (jnp.square(a) + q * b.values) * b.rotate(matrix))
+            matrices.append(jnp.where((q == 0) & (a == 1), matrix, pulled))
         rest = self.rest.smoother_gain(self._rest_moments(moments), self.places.rest_of(x))
         return self.places.join(matrices, rest)
 
@@ -239,11 +255,12 @@ class KroneckerEigen:
     def conditional_log_density(self, moments: Moments, residual: Array) -> Array:
         """Sum over the layers with noise."""
         total = self.rest.conditional_log_density(self._rest_moments(moments), self.places.rest_of(residual))
-        for b, layer, (a, q) in zip(self.blocks, self.places.layers, self.steps(moments), strict=True):
+        residuals, layers = self.places.matrices(residual), self.places.layers
+        for b, matrix, layer, (a, q) in zip(self.blocks, residuals, layers, self.steps(moments), strict=True):
             moves = q > 0
             precision = (jnp.square(a) + q * b.values) / jnp.where(moves, q, 1.0)
-            terms = jnp.log(precision / (2 * jnp.pi)) - precision * jnp.square(b.rotate(layer.matrix(residual)))
-            total = total + jnp.where(moves, 0.5 * jnp.sum(terms), 0.0)
+            terms = jnp.log(precision / (2 * jnp.pi)) - precision * jnp.square(b.rotate(matrix))
+            total = total + jnp.where(moves, 0.5 * jnp.sum(layer.real(terms)), 0.0)
         return total
 
     def message_before(self, message: KroneckerEigen, moments: Moments) -> KroneckerEigen:
@@ -268,10 +285,27 @@ class PlusColumns(NamedTuple):
         return here - wide @ jax.scipy.linalg.solve(core, self.columns.T @ here, assume_a="pos")
 
 
-def common_basis(traces: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Eigenvectors of summed partial traces: the basis that would diagonalise a sum that is a Kronecker product."""
-    sides = [sum(side) for side in zip(*traces, strict=True)]
-    return tuple(jnp.linalg.eigh(side / jnp.maximum(jnp.trace(side), jnp.finfo(side.dtype).tiny))[1] for side in sides)  # type: ignore[return-value]
+def common_bases(
+    layers: Sequence[LayerPlace], traces: Sequence[Sequence[tuple[Array, Array]]]
+) -> list[tuple[Array, Array]]:
+    """V_A and V_G of each layer: eigenvectors of summed partial traces, a basis that would diagonalise a sum that is a
+    Kronecker product. Inputs may be given with or without the rows of no weight, which keep a basis of their own.
+    """
+    sides = [
+        _normalised(sum(side[: layer.num_rows, : layer.num_rows] if k == 0 else side for side in given))
+        for layer, pairs in zip(layers, traces, strict=True)
+        for k, given in enumerate(zip(*pairs, strict=True))
+    ]
+    found = iter(eigenvectors_of_each(sides))
+    return [(_with_own(next(found), layer.filling), next(found)) for layer in layers]
+
+
+def _normalised(side: Array) -> Array:
+    return side / jnp.maximum(jnp.trace(side), jnp.finfo(side.dtype).tiny)
+
+
+def _with_own(basis: Array, filling: int) -> Array:
+    return jax.scipy.linalg.block_diag(basis, jnp.eye(filling, dtype=basis.dtype)) if filling else basis
 
 
 def _turned(block: EigenBlock, layer: LayerPlace, maps: dict[int, LeafMap]) -> EigenBlock:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -15,7 +16,8 @@ from jax.sharding import Mesh
 
 import ssm_nn
 from ssm_nn.extraction import describe, extract
-from ssm_nn.inference import Dense, Kronecker, LaplaceFilter, LowRank
+from ssm_nn.inference import Dense, LaplaceFilter, LowRank
+from ssm_nn.inference.kronecker import find_places
 from ssm_nn.inference.last_layer import Categorical, Full, KroneckerHead, LastLayerFilter, SquareRoot, feature_head
 from ssm_nn.inference.sharding import ShardedLayout, ShardedProgram, checked_mesh
 from ssm_nn.models import Permuted, RandomWalk
@@ -68,7 +70,8 @@ def test_eight_devices_give_the_numbers_of_one(quick, part):
 
 @pytest.mark.slow
 def test_more_filters_on_eight_devices_give_the_numbers_of_one(tmp_path):
-    parts = ("low-rank32", "diagonal64", "network64", "mean-field32", "mean-field64", "last-layer32", "last-layer64")
+    parts = ("low-rank32", "diagonal64", "network64", "kronecker32", "kronecker64", "mean-field32", "mean-field64")
+    parts += ("last-layer32", "last-layer64")
     found = on_eight_devices(tmp_path, *parts)
     for part in parts:
         check_equal(found, part)
@@ -162,10 +165,32 @@ def test_another_mesh_is_refused(mesh, words):
         LaplaceFilter(program, LowRank(2), mesh=mesh)
 
 
-@pytest.mark.parametrize("structure", [Dense(), Kronecker()])
-def test_a_structure_that_does_not_shard_is_refused(structure):
-    with pytest.raises(ValueError, match="mesh serves LowRank and Diagonal"):
-        LaplaceFilter(program, structure, mesh=mesh_of_one("weights"))
+def test_a_structure_that_does_not_shard_is_refused():
+    with pytest.raises(ValueError, match="mesh serves LowRank, Diagonal and Kronecker, not Dense"):
+        LaplaceFilter(program, Dense(), mesh=mesh_of_one("weights"))
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_layers_are_found_in_a_sharded_layout(rng, shards, monkeypatch):
+    """Matrices and rest of the plain layout, with rows of no weight up to a multiple of the parts; and back."""
+    monkeypatch.setattr(ShardedLayout, "_cut", lambda self, leaf: leaf)
+    plain = extract(program, TASK)
+    layout = ShardedLayout(plain.layout.sites, FakeMesh(shards))
+    spread = plain._replace(layout=layout, prior_mean=layout.vector(plain.layout.leaves(plain.prior_mean)))
+    here, there = find_places(plain, TASK), find_places(spread, TASK)
+    # as if the second kernel and its bias were in no layer
+    here, there = here._replace(layers=here.layers[:1]), there._replace(layers=there.layers[:1])
+    theta = jnp.asarray(rng.normal(size=here.size), jnp.float32)
+    moved = layout.vector(plain.layout.leaves(theta))
+    for matrix, wide in zip(here.matrices(theta), there.matrices(moved, filling=7.0), strict=True):
+        assert wide.shape[0] % shards == 0
+        np.testing.assert_array_equal(wide[: len(matrix)], matrix)
+        np.testing.assert_array_equal(wide[len(matrix) :], 7.0)
+    np.testing.assert_array_equal(there.firsts(moved), here.firsts(theta))
+    np.testing.assert_array_equal(there.rest_of(moved), here.rest_of(theta))
+    np.testing.assert_array_equal(there.join(there.matrices(moved), there.rest_of(moved)), moved)
+    assert there.rest_size == here.rest_size
+    assert there.length == layout.size
 
 
 @pytest.mark.parametrize("structure", [KroneckerHead(), SquareRoot()])

@@ -40,7 +40,7 @@ def work(folder, name, port):
     import numpyro.distributions as dist
 
     import ssm_nn
-    from ssm_nn.inference import GaussNewton, LaplaceFilter, LowRank, OnDisk, OnHost
+    from ssm_nn.inference import GaussNewton, Kronecker, LaplaceFilter, LowRank, OnDisk, OnHost
     from ssm_nn.inference.last_layer import Categorical, Full, LastLayerFilter, feature_head
     from ssm_nn.models import RandomWalk
     from ssm_nn.models.networks import mlp
@@ -76,6 +76,13 @@ def work(folder, name, port):
     if port is not None:
         assert len(belief.mean.addressable_shards) == 2
         assert not belief.mean.is_fully_addressable
+    layered = LaplaceFilter(program, Kronecker(), estimator=GaussNewton(), mesh=mesh)
+    place = OnDisk(Path(folder) / f"factors of {'one' if port is None else 'both'}")
+    layered.run(0, tasks[:1], history=place)
+    posterior = layered.smooth(layered.run(0, tasks, history=place))
+    found["factors evidence"] = posterior.filtered.log_evidence
+    for t, belief in enumerate(posterior.beliefs):
+        found |= {f"factors square {t}": float(squares(belief)), f"factors spread {t}": float(spreads(belief))}
     batch = {"x": rng.normal(size=(90, 4)).astype(np.float32), "y": np.arange(90) % 3}
     head = LastLayerFilter(feature_head(Categorical(3), 4), Full(), mesh=mesh)
     state, info = head.update(head.init(), batch)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ssm_nn.coordinate_map import CoordinateMap, LeafMap
+from ssm_nn.inference.disturbances import product_diagonal
 from ssm_nn.layer_places import LayerPlace, Places
 from ssm_nn.moments import Moments
 from ssm_nn.precision_kronecker import EigenBlock, KroneckerEigen
@@ -149,6 +150,46 @@ def test_a_prior_is_held_exactly():
     made = KroneckerEigen.diagonal(jnp.array(values), PLACES, 3)
     assert_close(made.to_dense(), np.diag(values), 1e-15)
     assert_close(made.no_information().to_dense(), np.zeros((P, P)), 0)
+
+
+def with_rows_of_no_weight(case, filling):
+    """The same belief with 3, 4, .. rows more a layer."""
+    layers = tuple(layer._replace(filling=3 + k) for k, layer in enumerate(PLACES.layers))
+    blocks = []
+    for block, layer in zip(case.precision.blocks, layers, strict=True):
+        inputs = np.eye(len(block.inputs) + layer.filling)
+        inputs[: len(block.inputs), : len(block.inputs)] = block.inputs
+        values = np.concatenate([block.values, np.full((layer.filling, block.values.shape[1]), filling)])
+        blocks.append(EigenBlock(inputs, block.outputs, values))
+    return KroneckerEigen(tuple(blocks), case.precision.rest, PLACES._replace(layers=layers))
+
+
+def test_rows_of_no_weight_change_nothing():
+    moments = Moments(jnp.array(GAIN), jnp.zeros(P), jnp.array(NOISE))
+    x, key = jnp.array(X), jax.random.key(0)
+    both = CASE.precision, with_rows_of_no_weight(CASE, 0.01)
+    site = SITE.precision, with_rows_of_no_weight(SITE, 0.0)
+    for of in (
+        lambda p, s: p.to_dense(),
+        lambda p, s: p.solve(x),
+        lambda p, s: p.logdet(),
+        lambda p, s: p.variance(),
+        lambda p, s: p.precision_diagonal(),
+        lambda p, s: p.quadratic(x),
+        lambda p, s: p.whitening().smallest,
+        lambda p, s: p.whitening().colour(p.whitening().whiten(x)),
+        lambda p, s: p.sample(key),
+        lambda p, s: p.add(s).to_dense(),
+        lambda p, s: p.absorb(s).to_dense(),
+        lambda p, s: p.predict(moments).to_dense(),
+        lambda p, s: p.smoother_gain(moments, x),
+        lambda p, s: p.sample_conditional(moments, key),
+        lambda p, s: p.conditional_log_density(moments, x),
+        lambda p, s: p.message_before(s, moments).to_dense(),
+        lambda p, s: type(p).diagonal(jnp.square(x), p.places, 1).logdet(),
+        lambda p, s: product_diagonal(s, moments.gain, p),
+    ):
+        assert_close(of(both[1], site[1]), of(both[0], site[0]))
 
 
 def test_few_columns_are_added_by_woodbury():

@@ -10,7 +10,7 @@ from scipy.stats import kstest
 from ssm_nn.inference import Dense, Diagonal, LaplaceFilter, LowRank
 from ssm_nn.inference.diagnosis import innovations, kernel_test, simulation_based_calibration
 from ssm_nn.inference.diagnosis.simulation_calibration import SimulationCalibration
-from ssm_nn.inference.mean_field import AtPrior, FixedPoint, MeanFieldFilter, filter_path, smooth_path
+from ssm_nn.inference.mean_field import AtPrior, MeanFieldFilter, WeightSampling, filter_path, smooth_path
 
 SHORT = tasks_of(0, num_tasks=2, size=4)
 
@@ -100,7 +100,7 @@ def test_other_engines_are_judged_by_the_same_call(structure):
 
 @pytest.mark.slow
 def test_an_engine_that_learns_batch_by_batch_is_judged_through_fit():
-    engine = MeanFieldFilter(regression, hypers={"scale": SCALE}, rule=FixedPoint(), start=AtPrior())
+    engine = MeanFieldFilter(regression, hypers={"scale": SCALE}, estimator=WeightSampling(), start=AtPrior())
     found = calibrated(engine, fit=lambda seed, tasks: smooth_path(filter_path(engine, seed, tasks)))
     assert found.num_simulations == 100
 

@@ -20,7 +20,7 @@ from ssm_nn.inference import Dense, Diagonal, FilterWarning, GaussNewton, Laplac
 from ssm_nn.inference.diagnosis import Colour, diagnose
 from ssm_nn.inference.diagnosis.lights import precision_light
 from ssm_nn.inference.diagnosis.rounding import rounding
-from ssm_nn.inference.mean_field import AtPrior, MeanFieldFilter, filter_path, smooth_path
+from ssm_nn.inference.mean_field import AtPrior, MeanFieldFilter, WeightSampling, filter_path, smooth_path
 from ssm_nn.models import RandomWalk
 from ssm_nn.precision_dense import DensePrecision
 
@@ -116,7 +116,7 @@ def test_a_map_search_that_stops_short_is_red():
 @pytest.mark.slow
 def test_a_mean_field_path_is_judged_like_a_filter():
     """One update a task is far from the posterior, and the search judged nothing."""
-    engine = MeanFieldFilter(regression, start=AtPrior(), hypers={"scale": SCALE})
+    engine = MeanFieldFilter(regression, estimator=WeightSampling(), start=AtPrior(), hypers={"scale": SCALE})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FilterWarning)
         found = diagnose(smooth_path(filter_path(engine, 0, TASKS)), TASKS, num_samples=200)
