@@ -2,12 +2,12 @@
 
     uv run python benchmarks/parts_against_nuts.py [--seeds 0 1 2] [--draws 1000]
 
-The visits of ``engines_against_nuts.py``: 6 of 20 noisy readings of a curve whose height drifts. ``head`` is its network 1-6-1
+Visits of ``engines_against_nuts.py``: 6 of 20 noisy readings of a curve whose height drifts. ``head`` is its network 1-6-1
 with the hidden layer fixed where the dense filter left it, so that only the output layer is unknown, and walks: the last-layer
-engine. ``own`` shares the kernel of the hidden layer among all visits, and draws biases and output layer anew for each: low-rank
-perturbation, whose own parameters are scales, factors and the drawn leaves. The dense filter learns both too. k-hat is of a
-visit's own update, given the prediction (given the base, for the perturbation); the dense filter's trajectories have one too.
-Distance, coverage and LOO are those of ``engines_against_nuts.py``, LOO of each engine's own draws. Rows go to
+engine. ``own`` shares the kernel of the hidden layer among all visits, and draws biases and output layer anew for each:
+low-rank perturbation, whose own parameters are scales, factors and the drawn leaves. The dense filter learns both too.
+k-hat is of a visit's own update, given the prediction (given the base, for the perturbation); the dense filter's trajectories
+have one too. Distance, coverage and LOO are those of ``engines_against_nuts.py``, LOO of each engine's own draws. Rows go to
 ``<out>/parts.csv``; a run that was stopped goes on after the last finished seed.
 """
 
@@ -26,6 +26,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import xarray
 from csv_files import as_text, read_csv, write_csv
 from drifting_curve import NOISE, visits_of
 from engines_against_nuts import NEW, READINGS, VISITS, WALK, covered, outputs_of
@@ -38,7 +39,7 @@ from rich.table import Table
 import ssm_nn
 from ssm_nn import Task
 from ssm_nn.extraction import extract
-from ssm_nn.inference import Dense, FilterWarning, LaplaceFilter, Linearised, Minibatch, predict, to_datatree
+from ssm_nn.inference import Dense, FilterWarning, LaplaceFilter, Linearised, Minibatch, predict
 from ssm_nn.inference.diagnosis import importance_weights, leave_one_out, log_likelihood_tree, loo_by_task
 from ssm_nn.inference.diagnosis.importance import pareto_weights
 from ssm_nn.inference.last_layer import Full, LastLayerFilter, head_datatree, program_head, smooth_head
@@ -206,8 +207,27 @@ def by_perturbation(program: Any, visits: list[Any], new: list[Any], seed: int) 
         found.append(engine.predict(state, {"x": visit["x"]}, identity=t, belief=belief, method=Linearised(DRAWS))["y"])
     pairs = zip(posterior.beliefs, tasks, strict=True)
     khats = [_of_own(program, belief, task, seed) for belief, task in pairs]
-    elpd = loo_by_task(to_datatree(posterior, num_samples=DRAWS, key=seed, tasks=tasks)).elpd
+    elpd = loo_by_task(_linearised(network_of(program, tasks[0]), posterior, tasks, seed)).elpd
     return Judged(*_both(found), elpd, "", float(np.median(khats))), posterior
+
+
+def _linearised(outputs: Callable[[Any, Any], Any], posterior: Any, tasks: list[Task], seed: int) -> xarray.DataTree:
+    """Log likelihoods of the network linearised at each visit's mean, as ``leave_one_out`` takes them of a whole path."""
+    by_task = []
+    for t, (belief, task) in enumerate(zip(posterior.beliefs, tasks, strict=True)):
+        at_mean, push = jax.linearize(lambda theta, x=task["x"]: outputs(theta, x), belief.mean)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), t), DRAWS)
+        drawn = at_mean + jax.lax.map(lambda key, b=belief, p=push: p(b.precision.sample(key)), keys)
+        by_task.append(np.asarray(dist.Normal(drawn, NOISE).log_prob(task["y"])))
+    values = np.stack(by_task, axis=1)[None]
+    made = xarray.Dataset({"y": (("chain", "draw", "task", "example"), values)})
+    return xarray.DataTree.from_dict({"/log_likelihood": made})
+
+
+def network_of(program: Any, task: Task) -> Callable[[Any, Any], Any]:
+    """(theta, x) -> outputs (N,)."""
+    net, layout = extract(program, task, {}).body.networks[0], extract(program, task, {}).layout
+    return lambda theta, x: net.network.bind(layout.arrays(theta)[net.name])(x)[:, 0]
 
 
 def _of_own(program: Any, belief: Any, task: Task, seed: int) -> float:

@@ -1,4 +1,4 @@
-"""The benchmark of engines that learn parts of a network, at a tiny size: rows are kept, and summed up by program and engine."""
+"""The benchmark of engines that learn parts of a network, at a tiny size: rows are kept, and summed up."""
 
 import sys
 from pathlib import Path
