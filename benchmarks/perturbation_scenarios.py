@@ -67,6 +67,7 @@ class Scenario:
         spread: how often the room for directions is filled before entries are cut.
         num_orders: orders that are run, the natural one first.
         methods: run by default.
+        first: tasks of the sequence that are learnt, None for all: limits and orders stay those of the whole.
     """
 
     name: str
@@ -82,6 +83,15 @@ class Scenario:
         "perturbation", "whole", "paper", "paper-all", "evidence", "fixed", "chain", "single", "fine-tuning", "l2", "ewc",
         "packed", "joint",
     )  # fmt: skip
+    first: int | None = None
+
+    def smaller(self, examples: int | None, first: int | None) -> Scenario:
+        """With fewer examples a task, or its first tasks alone, under a name that says so."""
+        words = [f"{n}-{what}" for n, what in ((examples, "examples"), (first, "tasks")) if n is not None]
+        budget = self.budget
+        if examples is not None:  # what goes before training is kept in proportion
+            budget = replace(budget, examples=examples, curvature=min(budget.curvature, -(-examples // 4)))
+        return replace(self, name="-".join([self.name, *words]), budget=budget, first=first)
 
     def quick(self) -> Scenario:
         """The same, to see that it runs."""
@@ -102,7 +112,7 @@ def _order(order: int, num_tasks: int) -> list[int] | None:
 def _permuted(flatten: bool) -> Callable[[Budget, int, int], TaskStream]:
     def stream(budget: Budget, seed: int, order: int) -> TaskStream:
         num = budget.num_tasks or 10
-        tests = None if budget.examples is None else 1000
+        tests = None if budget.examples is None else 2000
         return permuted(_data("mnist"), num, budget.examples, tests, seed, _order(order, num), flatten)
 
     return stream

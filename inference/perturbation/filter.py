@@ -45,7 +45,7 @@ from ssm_nn.inference.perturbation.fitting import (
 )
 from ssm_nn.inference.perturbation.graphs import Graph, Star
 from ssm_nn.inference.perturbation.posterior import diagonal_information, own_belief
-from ssm_nn.inference.perturbation.proposal import Proposal, Recipe, Watch, take_apart, truncated
+from ssm_nn.inference.perturbation.proposal import Proposal, Recipe, Watch, chosen, take_apart, truncated
 from ssm_nn.inference.perturbation.pruning import Growth, Pruning
 from ssm_nn.inference.perturbation.reading import Reading, read_program
 from ssm_nn.inference.perturbation.spending import Spending, base_numbers
@@ -151,15 +151,16 @@ class PerturbationFilter:
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
         if not state.records:
             return self._first(state, task, identity)
-        room = self._spending.room(self._known(), state)  # before the work
         proposal = self.propose(state, task)
-        keep = self.allocation.choose(proposal.scores, self._spending.budget(room))
-        return self.finish(state, task, proposal, keep)
+        watch = Watch(proposal.seconds)
+        gains = self.choose(state, task, proposal)
+        watch.lap("trial", None)
+        return self.finish(state, task, proposal._replace(seconds=watch.seconds), gains)
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
         """Warm-up, scales, directions and their scores, for a task after the first; ``state`` stays as it is."""
         task, reading = self._checked(state.step, task), self._known()
-        watch = Watch()
+        budget, watch = self._spending.budget(self._spending.room(reading, state)), Watch()
         reference = self.graph.reference(reading.blocks, state)
         origin = state.records[0 if reference is state.base else -1]
         start = joined(reference, origin.own, reading.head(reading.initial))
@@ -169,30 +170,32 @@ class PerturbationFilter:
         passes = fit(FreeWeights(self.program), settings, start, around, task, key)
         free = start if passes.status == NOT_FINITE else passes.carry
         watch.lap("warm_up", free)
-        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
-        recipe = Recipe(self.program, self.hypers, *rules)
-        factors, scores = take_apart(recipe, reading, free, reference, task, watch)
-        return Proposal(free, reference, factors, scores, passes.status, watch.seconds)
+        factors, scores = take_apart(self._recipe(), reading, free, reference, task, budget, watch)
+        return Proposal(free, reference, factors, scores, budget, passes.status, watch.seconds)
+
+    def choose(self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal) -> np.ndarray:
+        """Gains (A,) of the proposal's directions by the allocation, 0 for those that are dropped."""
+        return chosen(self._recipe(), self._known(), proposal, self._checked(state.step, task))
 
     def truncated_state(
-        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, keep: np.ndarray
+        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> PerturbationState:
         """The state that the task would leave without fine-tuning."""
         task = as_arrays(as_task(task))
         own = _stored(self._read(task).own(proposal.free))
-        factors = tuple(f.trimmed() for f in truncated(proposal.factors, keep))
+        factors = tuple(f.trimmed() for f in truncated(proposal.factors, gains))
         record = TaskRecord(self._identity(task, state.step), own, factors)
         return state._replace(step=state.step + 1, records=(*state.records, record))
 
     def finish(
-        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, keep: np.ndarray
+        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> tuple[PerturbationState, UpdateInfo]:
-        """Fine-tune with the directions ``keep``, prune, and store the task."""
+        """Fine-tune from the directions with ``gains`` (A,), or with those that booleans name; prune, and store the task."""
         task, reading = self._checked(state.step, task), self._known()
         identity, watch = self._identity(task, state.step), Watch(dict(proposal.seconds))
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
-        start = OwnParameters(reading.own(proposal.free), truncated(proposal.factors, keep), moving)
+        start = OwnParameters(reading.own(proposal.free), truncated(proposal.factors, gains), moving)
         passes = fit(kind, self.fine_tuning, start, around, task, jax.random.fold_in(state.key, 2))
         own = start if passes.status == NOT_FINITE else passes.carry
         self._warn(state.step, NOT_FINITE if proposal.status == NOT_FINITE else passes.status)
@@ -219,9 +222,9 @@ class PerturbationFilter:
         after = PerturbationState(state.step + 1, key, base, precision, records)
         names = [".".join(block.name) for block in reading.blocks]
         ranks = {name: f.rank for name, f in zip(names, records[-1].factors, strict=True)}
-        chosen = ranks, np.asarray(keep, bool), proposal.scores, dropped_loss(proposal.scores, keep)
+        choice = ranks, np.asarray(gains) != 0, proposal.scores, dropped_loss(proposal.scores, gains)
         fitted = passes.objective, passes.status, pruned
-        return after, UpdateInfo(identity, *chosen, *fitted, self.storage(after), watch.seconds)
+        return after, UpdateInfo(identity, *choice, *fitted, self.storage(after), watch.seconds)
 
     def run(
         self,
@@ -347,6 +350,10 @@ class PerturbationFilter:
         after = PerturbationState(1, jax.random.fold_in(state.key, 0), base, precision, (record,))
         fitted = passes.objective, passes.status
         return after, UpdateInfo(identity, {}, None, None, 0.0, *fitted, 0, self.storage(after), watch.seconds)
+
+    def _recipe(self) -> Recipe:
+        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
+        return Recipe(self.program, self.hypers, *rules)
 
     def _kind(self, reading: Reading) -> Perturbed:
         return Perturbed(self.program, reading.blocks, self.prior)
