@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from perturbation_scenarios import L1, OWN_RATE, PRIOR_SCALE, RATE, Scenario, learner
+from perturbation_scenarios import L1, PRIOR_SCALE, Scenario, learner
 
 from ssm_nn import Task
 from ssm_nn.inference import metrics
@@ -62,7 +62,7 @@ class Cells:
 def settings_of(scenario: Scenario, method: str, order: int, seed: int) -> dict[str, Any]:
     """All that a result depends on, but for the code."""
     common = {"batch_size": scenario.batch_size, "growth": scenario.growth, "prior_scale": PRIOR_SCALE}
-    common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": [RATE, OWN_RATE], "l1": L1}
+    common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": list(scenario.rates), "l1": L1}
     common["budget"] = asdict(scenario.budget)
     if scenario.first is not None:
         common["first"] = scenario.first

@@ -27,7 +27,8 @@ from ssm_nn.models.omniglot import omniglot, omniglot_rotation
 from ssm_nn.models.streams import TaskStream, permuted
 
 PRIOR_SCALE = 0.2
-RATE, OWN_RATE = 3e-3, 1e-2  # Adam's, of all weights and of a task's own parameters; they fall to zero on a cosine
+RATES = 3e-3, 1e-2  # Adam's, of all weights and of a task's own parameters; they fall to zero on a cosine
+LENET_RATES = 1e-3, 3e-3  # the larger ones leave LeNet at chance after a warm-up
 L1 = 1.7e-4  # beside the mean loss: of factors whose entries are cut
 
 
@@ -62,6 +63,7 @@ class Scenario:
         network: (input shape, classes, seed) -> (apply, params), and the pattern of its head.
         budget: of a full run.
         batch_size: of all methods.
+        rates: of all weights, and of a task's own parameters.
         growth: limit for the later tasks together.
         cap: most directions a layer that are looked at: far more than the limit has room for.
         spread: how often the room for directions is filled before entries are cut.
@@ -75,6 +77,7 @@ class Scenario:
     network: Callable[[tuple[int, ...], int, int], tuple[Any, str]]
     budget: Budget
     batch_size: int = 128
+    rates: tuple[float, float] = RATES
     growth: float = 0.6
     cap: int = 100
     spread: float = 4.0
@@ -88,10 +91,11 @@ class Scenario:
     def smaller(self, examples: int | None, first: int | None) -> Scenario:
         """With fewer examples a task, or its first tasks alone, under a name that says so."""
         words = [f"{n}-{what}" for n, what in ((examples, "examples"), (first, "tasks")) if n is not None]
-        budget = self.budget
-        if examples is not None:  # what goes before training is kept in proportion
+        budget, size = self.budget, self.batch_size
+        if examples is not None:  # what goes before training is kept in proportion, and an epoch still makes 100 steps
             budget = replace(budget, examples=examples, curvature=min(budget.curvature, -(-examples // 4)))
-        return replace(self, name="-".join([self.name, *words]), budget=budget, first=first)
+            size = min(size, -(-examples // 100))
+        return replace(self, name="-".join([self.name, *words]), budget=budget, batch_size=size, first=first)
 
     def quick(self) -> Scenario:
         """The same, to see that it runs."""
@@ -169,6 +173,7 @@ SCENARIOS = {
             _permuted(False),
             _lenet,
             Budget(5, 1, 2, 2),
+            rates=LENET_RATES,
             methods=("perturbation", "paper", "single"),
         ),
         Scenario(
@@ -177,6 +182,7 @@ SCENARIOS = {
             _narrow_lenet((16, 32), (256, 128)),
             Budget(25, 5, 10, 10),
             batch_size=64,
+            rates=LENET_RATES,
             growth=10.0,
         ),
         Scenario(
@@ -199,15 +205,30 @@ SCENARIOS = {
             num_orders=5,
             methods=("perturbation", "fixed", "fine-tuning", "ewc", "packed", "single"),
         ),
-        Scenario("split-cifar10", _split_cifar(None, False), _lenet, Budget(12, 2, 5, 5), growth=0.2, num_orders=5),
         Scenario(
-            "cifar100-split", _cifar100(cifar100_split, SPLIT_ORDERS), _lenet, Budget(20, 1, 10, 10), growth=0.2, num_orders=5
+            "split-cifar10",
+            _split_cifar(None, False),
+            _lenet,
+            Budget(12, 2, 5, 5),
+            rates=LENET_RATES,
+            growth=0.2,
+            num_orders=5,
+        ),
+        Scenario(
+            "cifar100-split",
+            _cifar100(cifar100_split, SPLIT_ORDERS),
+            _lenet,
+            Budget(20, 1, 10, 10),
+            rates=LENET_RATES,
+            growth=0.2,
+            num_orders=5,
         ),
         Scenario(
             "cifar100-superclass",
             _cifar100(cifar100_superclasses, SUPERCLASS_ORDERS),
             _lenet,
             Budget(20, 1, 10, 10),
+            rates=LENET_RATES,
             growth=0.2,
             num_orders=5,
         ),
@@ -220,6 +241,7 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
     budget, inputs = scenario.budget, stream.input_shape
     assert stream.num_classes is not None  # every scenario is a classification
     network, head = scenario.network(inputs, stream.num_classes, seed)
+    rate, own_rate = scenario.rates
     program = multi_head(network, head, PRIOR_SCALE)
     growth = Growth(scenario.growth, max(len(stream), 2))
     num_examples, size = stream.train[0].num_examples, scenario.batch_size
@@ -227,9 +249,9 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
     thinned = {
         "directions": Whitened(),
         "growth": growth,
-        "pruning": OwnTask(scenario.spread, _adam(OWN_RATE, budget.refit, size, budget.refit * steps)),
+        "pruning": OwnTask(scenario.spread, _adam(own_rate, budget.refit, size, budget.refit * steps)),
         "prior": SitePrior(l1=L1 * num_examples),
-        "fine_tuning": _adam(OWN_RATE, budget.tune, size, None),
+        "fine_tuning": _adam(own_rate, budget.tune, size, None),
     }
     own: dict[str, dict[str, Any]] = {
         "perturbation": {**thinned, "allocation": ExactQuadratic()},
@@ -241,11 +263,11 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
         "chain": {**thinned, "allocation": ExactQuadratic(), "graph": Chain()},
     }
     whole = budget.tune + budget.refit
-    plain = {"directions": PlainSVD(), "prior": SitePrior(), "fine_tuning": _adam(OWN_RATE, whole, size, whole * steps)}
+    plain = {"directions": PlainSVD(), "prior": SitePrior(), "fine_tuning": _adam(own_rate, whole, size, whole * steps)}
     free_steps = budget.epochs * steps * (len(stream) if method == "joint" else 1)
     engine = PerturbationFilter(
         program,
-        minibatch=_adam(RATE, budget.epochs, size, free_steps),
+        minibatch=_adam(rate, budget.epochs, size, free_steps),
         warm_up_epochs=budget.warm_up,
         curvature_examples=budget.curvature,
         cap=scenario.cap,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ssm_nn.inference.checks import check_count, is_finite
+from ssm_nn.inference.checks import check_count, check_positive, is_finite
 
 __all__ = ["Allocation", "Evidence", "ExactQuadratic", "FixedRank", "PaperShare", "Reads", "Scores", "dropped_loss"]
 
@@ -149,6 +149,11 @@ class ExactQuadratic:
 
     gradient: bool = True
     damping: float = 1e-3
+
+    def __post_init__(self):
+        if not isinstance(self.gradient, bool):
+            raise ValueError(f"gradient is {self.gradient!r}; True or False is accepted")
+        check_positive(damping=self.damping)
 
     def reads(self, total: int, budget: int | None) -> Reads:
         """Both where something must go, or the quadratic where something may."""
