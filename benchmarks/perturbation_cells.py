@@ -63,6 +63,7 @@ def settings_of(scenario: Scenario, method: str, order: int, seed: int) -> dict[
     """All that a result depends on, but for the code."""
     common = {"batch_size": scenario.batch_size, "growth": scenario.growth, "prior_scale": PRIOR_SCALE}
     common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": list(scenario.rates), "l1": L1}
+    common["elastic"] = scenario.elastic
     common["budget"] = asdict(scenario.budget)
     if scenario.first is not None:
         common["first"] = scenario.first

@@ -18,6 +18,7 @@ from ssm_nn.inference.perturbation.filter import PerturbationFilter
 from ssm_nn.inference.perturbation.fitting import SitePrior
 from ssm_nn.inference.perturbation.graphs import Chain
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
+from ssm_nn.inference.perturbation.published import CIFAR100
 from ssm_nn.models.cifar100 import SPLIT_ORDERS, SUPERCLASS_ORDERS, cifar100_split, cifar100_superclasses, own_heads
 from ssm_nn.models.datasets import Dataset, load
 from ssm_nn.models.image_networks import lenet
@@ -69,6 +70,7 @@ class Scenario:
         spread: how often the room for directions is filled before entries are cut.
         num_orders: orders that are run, the natural one first.
         methods: run by default.
+        elastic: strength of ``ewc``.
         first: tasks of the sequence that are learnt, None for all: limits and orders stay those of the whole.
     """
 
@@ -86,6 +88,7 @@ class Scenario:
         "perturbation", "whole", "paper", "paper-all", "evidence", "fixed", "chain", "single", "fine-tuning", "l2", "ewc",
         "packed", "joint",
     )  # fmt: skip
+    elastic: float = 100.0
     first: int | None = None
 
     def smaller(self, examples: int | None, first: int | None) -> Scenario:
@@ -143,6 +146,12 @@ def _split_cifar(most: int | None, flatten: bool) -> Callable[[Budget, int, int]
     return stream
 
 
+def _permuted_cifar(budget: Budget, seed: int, order: int) -> TaskStream:
+    """As many images and classes as a task of CIFAR-100's split has."""
+    num = budget.num_tasks or 10
+    return permuted(_data("cifar10_jpeg"), num, budget.examples or 5000, 1000, seed, _order(order, num), False)
+
+
 def _cifar100(make: Any, orders: dict[str, tuple[int, ...]]) -> Callable[[Budget, int, int], TaskStream]:
     def stream(budget: Budget, seed: int, order: int) -> TaskStream:
         del budget, seed
@@ -172,7 +181,7 @@ SCENARIOS = {
             "permuted-mnist-lenet",
             _permuted(False),
             _lenet,
-            Budget(5, 1, 2, 2),
+            Budget(12, 2, 5, 5),  # the paper's epochs
             rates=LENET_RATES,
             methods=("perturbation", "paper", "single"),
         ),
@@ -215,6 +224,14 @@ SCENARIOS = {
             num_orders=5,
         ),
         Scenario(
+            "cifar-schedule",  # the published one, for its time: where CIFAR-100 is not at hand
+            _permuted_cifar,
+            _lenet,
+            Budget(20, 1, 10, 10),
+            growth=0.2,
+            methods=("published",),
+        ),
+        Scenario(
             "cifar100-split",
             _cifar100(cifar100_split, SPLIT_ORDERS),
             _lenet,
@@ -241,10 +258,13 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
     budget, inputs = scenario.budget, stream.input_shape
     assert stream.num_classes is not None  # every scenario is a classification
     network, head = scenario.network(inputs, stream.num_classes, seed)
+    num_examples, size = stream.train[0].num_examples, scenario.batch_size
+    if method == "published":
+        program = multi_head(network, head, CIFAR100.prior_scale(num_examples))
+        return PerturbationFilter(program, **CIFAR100.arguments(num_examples))
     rate, own_rate = scenario.rates
     program = multi_head(network, head, PRIOR_SCALE)
     growth = Growth(scenario.growth, max(len(stream), 2))
-    num_examples, size = stream.train[0].num_examples, scenario.batch_size
     steps = -(-num_examples // size)  # an epoch
     thinned = {
         "directions": Whitened(),
@@ -277,7 +297,7 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
         "single": SingleTask(),
         "fine-tuning": FineTuned(),
         "l2": L2ToBase(1000.0),
-        "ewc": ElasticHeads(100.0),
+        "ewc": ElasticHeads(scenario.elastic),
         "packed": Packed(1 / max(len(stream), 2)),
     }
     return HeadTraining(engine, free[method]) if method in free else engine
