@@ -1,12 +1,13 @@
 """Weights integrated out against NUTS on the full program: CPU time for an effective draw of the kernel's scale.
 
-    uv run python benchmarks/diagnosis.py [--program linear] [--weights 200 1000] [--examples 20] [--noise 0.3] [--draws 200]
+    uv run python benchmarks/diagnosis.py [--program linear] [--weights 200 1000] [--examples 20] [--noise 0.3] [--draws 400]
 
 linear: y ~ N(x . theta_t, noise^2), theta_t ~ N(theta_{t-1}, scale^2), the scale unknown. network: 1-H-1 with 3 H + 1 weights,
-its output layer walking, on readings of a curve whose height drifts. The full program is sampled by its innovations, which is
-its better form. The belief is dense, so that linear programs have one posterior by both. Effective draws are of log scale, of
-two runs together, the second timed; compilation is left out. Run with ``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false``, CPU
-seconds can be compared beside other jobs. Rows go to ``<out>/marginalize.csv``; a run that was stopped goes on.
+its output layer walking, on readings of a curve whose height drifts. The full program is sampled by its innovations (full),
+which is its better form where a task says little, or as it is written (centred). The belief is dense, so that linear programs
+have one posterior by all. Effective draws are of log scale; compilation has a column of its own. Run with
+``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false``, CPU seconds can be compared beside other jobs. Rows go to
+``<out>/marginalize.csv``; a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpyro.distributions as dist
 from csv_files import as_text, read_csv, write_csv
 from drifting_curve import visits_of
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import NUTS
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +38,7 @@ from ssm_nn.models.networks import mlp
 
 OUT = Path(__file__).parent / "results" / "diagnosis"
 SCALE = 0.1
+METHODS = ("marginalized", "full", "centred")
 SETTINGS = ("program", "weights", "tasks", "examples", "noise", "draws")
 
 
@@ -88,31 +90,47 @@ def tasks_of(kind: str, num_weights: int, num_tasks: int, examples: int, noise: 
 def model_of(method: str, num_weights: int, parsed: argparse.Namespace) -> Callable[..., None]:
     """The model that NUTS samples."""
     program, walking = program_of(parsed.program, num_weights, parsed.noise)
+    if method == "centred":
+        return program
     if method == "full":
         return numpyro.handlers.reparam(program, config={name: ssm_nn.InnovationReparam() for name in walking})
     return marginalize(program, LaplaceFilter(program, Dense(), hypers={"scale": SCALE}))
 
 
 def measured(method: str, num_weights: int, parsed: argparse.Namespace) -> dict[str, Any]:
-    """One row: warm-up compiles, and so does the first run; the second is timed."""
+    """One row: compilation, then warm-up, then draws, of which only these are in the seconds of an effective draw.
+
+    Transitions are those of NumPyro's MCMC, called one by one: ``MCMC.run`` compiles anew in every call, which for a program
+    as quick as these takes longer than its draws.
+    """
     tasks = tasks_of(parsed.program, num_weights, parsed.tasks, parsed.examples, parsed.noise)
-    mcmc = MCMC(
-        NUTS(model_of(method, num_weights, parsed)),
-        num_warmup=parsed.warmup,
-        num_samples=parsed.draws,
-        progress_bar=False,
-    )
-    mcmc.warmup(jax.random.key(0), tasks)
-    draws, seconds, steps = [], 0.0, 0.0
-    for _ in range(2):
-        mcmc.post_warmup_state = mcmc.last_state
-        began = time.process_time()
-        mcmc.run(mcmc.post_warmup_state.rng_key, tasks, extra_fields=("num_steps",))
-        draws.append(np.log(np.asarray(mcmc.get_samples()["scale"], np.float64)))
-        seconds = time.process_time() - began
-        steps = float(np.mean(mcmc.get_extra_fields()["num_steps"]))
-    both = np.concatenate(draws)
-    ess = float(effective_sample_size(both[None])) / 2
+    kernel = NUTS(model_of(method, num_weights, parsed))
+    began = time.process_time()
+    state = kernel.init(jax.random.key(0), parsed.warmup, None, (tasks,), {})
+
+    @jax.jit
+    def transition(state: Any) -> tuple[Any, dict[str, Any]]:
+        """The next state, and all sites of the draw, as MCMC stores them."""
+        state = kernel.sample(state, (tasks,), {})
+        return state, kernel.postprocess_fn((tasks,), {})(state.z)
+
+    state = jax.block_until_ready(
+        transition(transition(state)[0])[0]
+    )  # the second call's types are those of all others
+    compiled = time.process_time() - began
+    for _ in range(parsed.warmup - 2):
+        state, _ = transition(state)
+    jax.block_until_ready(state)
+    began = time.process_time()
+    draws, steps = [], []
+    for _ in range(parsed.draws):
+        state, sites = transition(state)
+        draws.append(sites["scale"])
+        steps.append(state.num_steps)
+    jax.block_until_ready(state)
+    seconds = time.process_time() - began
+    both = np.log(np.asarray(jnp.stack(draws), np.float64))
+    ess = float(effective_sample_size(both[None]))
     return {
         "program": parsed.program,
         "weights": num_weights,
@@ -122,9 +140,10 @@ def measured(method: str, num_weights: int, parsed: argparse.Namespace) -> dict[
         "method": method,
         "draws": parsed.draws,
         "cpu_seconds": seconds,
+        "cpu_seconds_compiling": compiled,
         "ess": ess,
         "cpu_seconds_per_effective": seconds / ess,
-        "steps_per_draw": steps,
+        "steps_per_draw": float(np.mean(steps)),
         "mean": both.mean(),
         "sd": both.std(),
     }
@@ -138,9 +157,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=int, default=5)
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of the likelihood")
-    parser.add_argument("--methods", nargs="+", default=["marginalized", "full"], choices=("marginalized", "full"))
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--methods", nargs="+", default=["marginalized", "full"], choices=METHODS)
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--warmup", type=int, default=200, help="2 at least")
     parser.add_argument("--out", type=Path, default=OUT)
     parsed = parser.parse_args(arguments)
     parsed.out.mkdir(parents=True, exist_ok=True)
@@ -157,20 +176,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def shown(rows: list[dict[str, str]]) -> Table:
-    """One line a setting: both methods, and their ratio."""
-    table = Table(*SETTINGS[:-1], "integrated out", "full", "ratio", "steps", "full", "log scale", "full")
+    """A line a setting and method; ratio: its seconds for an effective draw over those with weights integrated out."""
+    table = Table(*SETTINGS[:-1], "method", "seconds an effective draw", "ratio", "steps", "effective", "compiling")
+    table.add_column("log scale")
     table.title = "CPU seconds for an effective draw"
     by_setting: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
         by_setting.setdefault(tuple(row[name] for name in SETTINGS), {})[row["method"]] = row
     for setting, methods in by_setting.items():
-        if len(methods) < 2:
-            continue
-        pair = [methods["marginalized"], methods["full"]]
-        each = [float(row["cpu_seconds_per_effective"]) for row in pair]
-        steps = [f"{float(row['steps_per_draw']):.3g}" for row in pair]
-        moments = [f"{float(row['mean']):.2f} ± {float(row['sd']):.2f}" for row in pair]
-        table.add_row(*setting[:-1], *(f"{s:.3g}" for s in each), f"{each[1] / each[0]:.1f}", *steps, *moments)
+        for method, row in methods.items():
+            each = float(row["cpu_seconds_per_effective"])
+            base = methods.get("marginalized")
+            ratio = "" if base is None else f"{each / float(base['cpu_seconds_per_effective']):.3g}"
+            numbers = [f"{float(row[name]):.3g}" for name in ("steps_per_draw", "ess", "cpu_seconds_compiling")]
+            moments = f"{float(row['mean']):.2f} ± {float(row['sd']):.2f}"
+            name = "integrated out" if method == "marginalized" else method
+            table.add_row(*setting[:-1], name, f"{each:.3g}", ratio, *numbers, moments)
     return table
 
 

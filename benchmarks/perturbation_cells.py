@@ -7,18 +7,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from perturbation_scenarios import L1, OWN_RATE, PRIOR_SCALE, RATE, Scenario, learner
+from perturbation_scenarios import L1, PRIOR_SCALE, Scenario, learner
 
 from ssm_nn import Task
 from ssm_nn.inference import metrics
 from ssm_nn.inference.checkpoints import replacing
-from ssm_nn.inference.perturbation.allocation import ExactQuadratic, PaperShare
+from ssm_nn.inference.perturbation.allocation import ExactQuadratic, PaperShare, Reads, Scores
 from ssm_nn.inference.perturbation.baselines import FineTuned, HeadTraining
 from ssm_nn.inference.perturbation.checkpoints import PerturbationFolder
 from ssm_nn.inference.perturbation.directions import PlainSVD
@@ -62,8 +62,11 @@ class Cells:
 def settings_of(scenario: Scenario, method: str, order: int, seed: int) -> dict[str, Any]:
     """All that a result depends on, but for the code."""
     common = {"batch_size": scenario.batch_size, "growth": scenario.growth, "prior_scale": PRIOR_SCALE}
-    common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": [RATE, OWN_RATE], "l1": L1}
+    common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": list(scenario.rates), "l1": L1}
+    common["elastic"] = scenario.elastic
     common["budget"] = asdict(scenario.budget)
+    if scenario.first is not None:
+        common["first"] = scenario.first
     return {"scenario": scenario.name, "method": method, "order": order, "seed": seed, "common": common}
 
 
@@ -74,7 +77,9 @@ def run_cell(cells: Cells, scenario: Scenario, method: str, order: int, seed: in
     if cell["done"]:
         return cell
     stream = scenario.stream(scenario.budget, seed, order)
-    made = learner(method, scenario, stream, seed)
+    made = learner(method, scenario, stream, seed)  # for the whole sequence
+    if scenario.first is not None:
+        stream = replace(stream, train=stream.train[: scenario.first], test=stream.test[: scenario.first])
     if method == "joint":
         _joint(cell, made, stream, seed)
     elif method == ALLOCATIONS:
@@ -151,8 +156,11 @@ def _joint(cell: dict[str, Any], made: PerturbationFilter, stream: TaskStream, s
 
 
 def _allocations(cell: dict[str, Any], made: PerturbationFilter, stream: TaskStream, seed: int, report: Report) -> None:
-    """Paper's share and exact quadratic on the same directions, at equal parameters, right after truncation and fine-tuned."""
-    made.directions, rules = PlainSVD(), {"paper": PaperShare(0.9), "exact": ExactQuadratic()}
+    """Paper's share and exact quadratic on the same directions, at equal parameters, right after truncation and fine-tuned.
+
+    ``set`` is the exact rule's choice among the same candidates before any step: it differs from the paper's in the set alone.
+    """
+    made.directions, rules = PlainSVD(), {"paper": PaperShare(0.9), "set": _Sets(), "exact": ExactQuadratic()}
     state, _ = made.update(made.init(seed, stream.train[0]), stream.train[0])
     cell["tasks"] = []
     for t in range(1, len(stream)):
@@ -163,11 +171,14 @@ def _allocations(cell: dict[str, Any], made: PerturbationFilter, stream: TaskStr
         budget = int(proposal.scores.cost[rules["paper"].choose(proposal.scores, None)].sum())
         row: dict[str, Any] = {"task": int(task.context["task"]), "numbers": budget}
         for name, rule in rules.items():
-            keep = rule.choose(proposal.scores, budget)
-            truncated = made.truncated_state(state, task, proposal, keep)
+            made.allocation = rule
+            gains = made.choose(state, task, proposal._replace(budget=budget))
+            truncated = made.truncated_state(state, task, proposal, gains)
             row |= {f"{name}_truncated_{k}": v for k, v in judged(made, truncated, stream.test[t]).items()}
             row[f"{name}_truncated_train_nll"] = judged(made, truncated, task)["nll"]
-            after, info = made.finish(state, task, proposal, keep)
+            if name == "set":
+                continue
+            after, info = made.finish(state, task, proposal, gains)
             row |= {f"{name}_{k}": v for k, v in judged(made, after, stream.test[t]).items()}
             row |= {f"{name}_ranks": info.ranks, f"{name}_predicted": info.predicted_change}
         cell["tasks"].append(row)
@@ -176,4 +187,13 @@ def _allocations(cell: dict[str, Any], made: PerturbationFilter, stream: TaskStr
 class _Both(PaperShare):
     """Asks for all that either rule reads."""
 
-    needs_quadratic, needs_sensitivity = True, True
+    def reads(self, total: int, budget: int | None) -> Reads:
+        del total, budget
+        return Reads(quadratic=True, sensitivity=True)
+
+
+class _Sets(ExactQuadratic):
+    """Candidates without steps."""
+
+    def candidates(self, scores: Scores, budget: int | None) -> np.ndarray:
+        return np.unique(super().candidates(scores, budget) != 0, axis=0).astype(float)

@@ -18,6 +18,7 @@ from ssm_nn.inference.perturbation.filter import PerturbationFilter
 from ssm_nn.inference.perturbation.fitting import SitePrior
 from ssm_nn.inference.perturbation.graphs import Chain
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
+from ssm_nn.inference.perturbation.published import CIFAR100
 from ssm_nn.models.cifar100 import SPLIT_ORDERS, SUPERCLASS_ORDERS, cifar100_split, cifar100_superclasses, own_heads
 from ssm_nn.models.datasets import Dataset, load
 from ssm_nn.models.image_networks import lenet
@@ -27,7 +28,8 @@ from ssm_nn.models.omniglot import omniglot, omniglot_rotation
 from ssm_nn.models.streams import TaskStream, permuted
 
 PRIOR_SCALE = 0.2
-RATE, OWN_RATE = 3e-3, 1e-2  # Adam's, of all weights and of a task's own parameters; they fall to zero on a cosine
+RATES = 3e-3, 1e-2  # Adam's, of all weights and of a task's own parameters; they fall to zero on a cosine
+LENET_RATES = 1e-3, 3e-3  # the larger ones leave LeNet at chance after a warm-up
 L1 = 1.7e-4  # beside the mean loss: of factors whose entries are cut
 
 
@@ -62,11 +64,14 @@ class Scenario:
         network: (input shape, classes, seed) -> (apply, params), and the pattern of its head.
         budget: of a full run.
         batch_size: of all methods.
+        rates: of all weights, and of a task's own parameters.
         growth: limit for the later tasks together.
         cap: most directions a layer that are looked at: far more than the limit has room for.
         spread: how often the room for directions is filled before entries are cut.
         num_orders: orders that are run, the natural one first.
         methods: run by default.
+        elastic: strength of ``ewc``.
+        first: tasks of the sequence that are learnt, None for all: limits and orders stay those of the whole.
     """
 
     name: str
@@ -74,6 +79,7 @@ class Scenario:
     network: Callable[[tuple[int, ...], int, int], tuple[Any, str]]
     budget: Budget
     batch_size: int = 128
+    rates: tuple[float, float] = RATES
     growth: float = 0.6
     cap: int = 100
     spread: float = 4.0
@@ -82,6 +88,17 @@ class Scenario:
         "perturbation", "whole", "paper", "paper-all", "evidence", "fixed", "chain", "single", "fine-tuning", "l2", "ewc",
         "packed", "joint",
     )  # fmt: skip
+    elastic: float = 100.0
+    first: int | None = None
+
+    def smaller(self, examples: int | None, first: int | None) -> Scenario:
+        """With fewer examples a task, or its first tasks alone, under a name that says so."""
+        words = [f"{n}-{what}" for n, what in ((examples, "examples"), (first, "tasks")) if n is not None]
+        budget, size = self.budget, self.batch_size
+        if examples is not None:  # what goes before training is kept in proportion, and an epoch still makes 100 steps
+            budget = replace(budget, examples=examples, curvature=min(budget.curvature, -(-examples // 4)))
+            size = min(size, -(-examples // 100))
+        return replace(self, name="-".join([self.name, *words]), budget=budget, batch_size=size, first=first)
 
     def quick(self) -> Scenario:
         """The same, to see that it runs."""
@@ -102,7 +119,7 @@ def _order(order: int, num_tasks: int) -> list[int] | None:
 def _permuted(flatten: bool) -> Callable[[Budget, int, int], TaskStream]:
     def stream(budget: Budget, seed: int, order: int) -> TaskStream:
         num = budget.num_tasks or 10
-        tests = None if budget.examples is None else 1000
+        tests = None if budget.examples is None else 2000
         return permuted(_data("mnist"), num, budget.examples, tests, seed, _order(order, num), flatten)
 
     return stream
@@ -127,6 +144,12 @@ def _split_cifar(most: int | None, flatten: bool) -> Callable[[Budget, int, int]
         return own_heads(_data("cifar10_jpeg"), groups, _order(order, 5), examples, None, seed, flatten)
 
     return stream
+
+
+def _permuted_cifar(budget: Budget, seed: int, order: int) -> TaskStream:
+    """As many images and classes as a task of CIFAR-100's split has."""
+    num = budget.num_tasks or 10
+    return permuted(_data("cifar10_jpeg"), num, budget.examples or 5000, 1000, seed, _order(order, num), False)
 
 
 def _cifar100(make: Any, orders: dict[str, tuple[int, ...]]) -> Callable[[Budget, int, int], TaskStream]:
@@ -158,7 +181,8 @@ SCENARIOS = {
             "permuted-mnist-lenet",
             _permuted(False),
             _lenet,
-            Budget(5, 1, 2, 2),
+            Budget(12, 2, 5, 5),  # the paper's epochs
+            rates=LENET_RATES,
             methods=("perturbation", "paper", "single"),
         ),
         Scenario(
@@ -167,6 +191,7 @@ SCENARIOS = {
             _narrow_lenet((16, 32), (256, 128)),
             Budget(25, 5, 10, 10),
             batch_size=64,
+            rates=LENET_RATES,
             growth=10.0,
         ),
         Scenario(
@@ -189,15 +214,38 @@ SCENARIOS = {
             num_orders=5,
             methods=("perturbation", "fixed", "fine-tuning", "ewc", "packed", "single"),
         ),
-        Scenario("split-cifar10", _split_cifar(None, False), _lenet, Budget(12, 2, 5, 5), growth=0.2, num_orders=5),
         Scenario(
-            "cifar100-split", _cifar100(cifar100_split, SPLIT_ORDERS), _lenet, Budget(20, 1, 10, 10), growth=0.2, num_orders=5
+            "split-cifar10",
+            _split_cifar(None, False),
+            _lenet,
+            Budget(12, 2, 5, 5),
+            rates=LENET_RATES,
+            growth=0.2,
+            num_orders=5,
+        ),
+        Scenario(
+            "cifar-schedule",  # the published one, for its time: where CIFAR-100 is not at hand
+            _permuted_cifar,
+            _lenet,
+            Budget(20, 1, 10, 10),
+            growth=0.2,
+            methods=("published",),
+        ),
+        Scenario(
+            "cifar100-split",
+            _cifar100(cifar100_split, SPLIT_ORDERS),
+            _lenet,
+            Budget(20, 1, 10, 10),
+            rates=LENET_RATES,
+            growth=0.2,
+            num_orders=5,
         ),
         Scenario(
             "cifar100-superclass",
             _cifar100(cifar100_superclasses, SUPERCLASS_ORDERS),
             _lenet,
             Budget(20, 1, 10, 10),
+            rates=LENET_RATES,
             growth=0.2,
             num_orders=5,
         ),
@@ -210,16 +258,20 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
     budget, inputs = scenario.budget, stream.input_shape
     assert stream.num_classes is not None  # every scenario is a classification
     network, head = scenario.network(inputs, stream.num_classes, seed)
+    num_examples, size = stream.train[0].num_examples, scenario.batch_size
+    if method == "published":
+        program = multi_head(network, head, CIFAR100.prior_scale(num_examples))
+        return PerturbationFilter(program, **CIFAR100.arguments(num_examples))
+    rate, own_rate = scenario.rates
     program = multi_head(network, head, PRIOR_SCALE)
     growth = Growth(scenario.growth, max(len(stream), 2))
-    num_examples, size = stream.train[0].num_examples, scenario.batch_size
     steps = -(-num_examples // size)  # an epoch
     thinned = {
         "directions": Whitened(),
         "growth": growth,
-        "pruning": OwnTask(scenario.spread, _adam(OWN_RATE, budget.refit, size, budget.refit * steps)),
+        "pruning": OwnTask(scenario.spread, _adam(own_rate, budget.refit, size, budget.refit * steps)),
         "prior": SitePrior(l1=L1 * num_examples),
-        "fine_tuning": _adam(OWN_RATE, budget.tune, size, None),
+        "fine_tuning": _adam(own_rate, budget.tune, size, None),
     }
     own: dict[str, dict[str, Any]] = {
         "perturbation": {**thinned, "allocation": ExactQuadratic()},
@@ -231,11 +283,11 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
         "chain": {**thinned, "allocation": ExactQuadratic(), "graph": Chain()},
     }
     whole = budget.tune + budget.refit
-    plain = {"directions": PlainSVD(), "prior": SitePrior(), "fine_tuning": _adam(OWN_RATE, whole, size, whole * steps)}
+    plain = {"directions": PlainSVD(), "prior": SitePrior(), "fine_tuning": _adam(own_rate, whole, size, whole * steps)}
     free_steps = budget.epochs * steps * (len(stream) if method == "joint" else 1)
     engine = PerturbationFilter(
         program,
-        minibatch=_adam(RATE, budget.epochs, size, free_steps),
+        minibatch=_adam(rate, budget.epochs, size, free_steps),
         warm_up_epochs=budget.warm_up,
         curvature_examples=budget.curvature,
         cap=scenario.cap,
@@ -245,7 +297,7 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
         "single": SingleTask(),
         "fine-tuning": FineTuned(),
         "l2": L2ToBase(1000.0),
-        "ewc": ElasticHeads(100.0),
+        "ewc": ElasticHeads(scenario.elastic),
         "packed": Packed(1 / max(len(stream), 2)),
     }
     return HeadTraining(engine, free[method]) if method in free else engine

@@ -63,11 +63,13 @@ PAGES = {
         "what beliefs without correlations between layers lose, and weights integrated out against NUTS on the full program.",
         (
             "uv run python benchmarks/engines_against_nuts.py",
+            "uv run python benchmarks/parts_against_nuts.py",
             "uv run python benchmarks/lost_by_blocks.py",
             "uv run python benchmarks/diagnosis.py",
         ),
         (
             Section("diagnosis/engines-summary.csv", "Engines"),
+            Section("diagnosis/parts-summary.csv", "Engines of parts of a network"),
             Section("diagnosis/blocks.csv", "What a belief without correlations between layers loses"),
             Section("diagnosis/marginalize.csv", "CPU seconds for an effective draw of the kernel's scale"),
         ),

@@ -8,8 +8,11 @@
     hypers                the hyper-parameters at which the engine ran
   and, where tasks are given,
     posterior_predictive  draws of every observed site, by task and example
-    log_likelihood        log p(y_n | theta), by draw, task and example
+    log_likelihood        log p(y_n | theta), by draw, task and example, through the network itself
     prior, prior_predictive, observed_data, constant_data
+
+Draws of a Laplace posterior belong to the linearised network: where the network is far from linear over the belief, its own
+likelihoods at them are far too low, and ``diagnosis.leave_one_out(...).tree`` has those that ``az.loo`` should be given.
 
 Masked examples are nan. Draws are made and moved to the host as many at a time as hold some millions of weights and of numbers
 in the data, at least one: memory on the device does not grow with the draws.

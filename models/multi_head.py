@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -49,9 +50,16 @@ def multi_head(network: Any, head: str, prior_scale: float = 1.0) -> Program:
     Raises:
         ValueError: a prior scale that is not positive, a pattern that fits no leaf, no leaf left to share.
     """
-    if not 0 < prior_scale < float("inf"):
-        raise ValueError(f"prior_scale is {prior_scale}; a positive number is accepted")
+    if not isinstance(head, str):
+        raise ValueError(f"head is {head!r}; a pattern of paths is accepted, 'head.*' for instance")
+    if not isinstance(prior_scale, int | float | np.number) or not 0 < prior_scale < float("inf"):
+        raise ValueError(f"prior_scale is {prior_scale!r}; a positive number is accepted")
     initial = as_network(network).initial
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in initial.values()):
+        raise ValueError(
+            "network is made while a program is traced, where its weights are no numbers yet; make it, and the program by "
+            "multi_head, once and outside. A head keeps its size: give it the most classes and each task's context 'classes'"
+        )
     is_head = assign({head: True}, list(initial), "head", False)
     own = [path for path, leaf in initial.items() if is_head[path] or jnp.ndim(leaf) < 2]
     if len(own) == len(initial):

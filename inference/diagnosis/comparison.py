@@ -50,7 +50,13 @@ def compare_evidence(models: Mapping[str, Any]) -> EvidenceComparison:
             that is not finite.
     """
     _check_several(models)
-    infos = {name: getattr(model, "filtered", model).infos for name, model in models.items()}
+    runs = {name: getattr(model, "filtered", model) for name, model in models.items()}
+    for name, run in runs.items():
+        if not hasattr(run, "infos"):
+            raise ValueError(
+                f"models[{name!r}] is {type(run).__name__}; what engine.run or engine.smooth returns is accepted"
+            )
+    infos = {name: run.infos for name, run in runs.items()}
     lengths = {name: len(info) for name, info in infos.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"models have different numbers of tasks, {lengths}: their evidence is of different data")
@@ -73,7 +79,8 @@ def compare_loo(models: Mapping[str, Any]) -> pandas.DataFrame:
     """ArviZ's ``compare`` on leave-one-out, after the checks without which it drops a model silently.
 
     Args:
-        models: name -> DataTree with log likelihoods (of an engine, or of NUTS), or a LeaveOneOut.
+        models: name -> DataTree with log likelihoods (of an engine, or of NUTS), or a LeaveOneOut. Those of ``leave_one_out``
+            are of the linearised network, those of a DataTree of the network itself; of Laplace posteriors take the former.
 
     Returns:
         ArviZ's table, best first: rank, elpd, elpd_diff, dse, weight, ...; for ``az.plot_compare``.

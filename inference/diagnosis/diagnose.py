@@ -22,7 +22,7 @@ from ssm_nn.inference.diagnosis.lights import Colour, Light
 from ssm_nn.inference.diagnosis.rounding import rounding
 from ssm_nn.inference.diagnosis.scores import LeaveOneOut, Prequential, leave_one_out, no_scores, prequential
 from ssm_nn.inference.diagnosis.structure_loss import StructureLoss, structure_loss
-from ssm_nn.inference.diagnosis.trajectories import checked_tasks
+from ssm_nn.inference.diagnosis.trajectories import check_smoothed, checked_tasks
 from ssm_nn.inference.smoothing import Smoothed
 from ssm_nn.tasks import Task, Tasks
 
@@ -176,8 +176,7 @@ def diagnose(
     Raises:
         ValueError: tasks of another posterior or program, without observed values, or too few draws.
     """
-    if not isinstance(posterior, Smoothed):
-        raise ValueError(f"posterior is {type(posterior).__name__}; what engine.smooth(filtered) returns is accepted")
+    check_smoothed(posterior)
     check_draws(num_samples)
     stack, power = checked_tasks(posterior, tasks)
     with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:

@@ -20,7 +20,7 @@ from ssm_nn.inference.batches import with_mask
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count
 from ssm_nn.inference.diagnosis.path_moments import path_moments
-from ssm_nn.inference.diagnosis.trajectories import paths_of_samples, widened
+from ssm_nn.inference.diagnosis.trajectories import check_smoothed, paths_of_samples, widened
 from ssm_nn.inference.predictive import LINEARISED, Method, Prediction, _summarise, predict
 from ssm_nn.inference.predictive import _outputs as _network_outputs
 from ssm_nn.inference.smoothing import Smoothed
@@ -150,6 +150,9 @@ def functional_distance(
     Raises:
         ValueError: other numbers of tasks, draws of another program, or too few.
     """
+    check_smoothed(posterior)
+    if not isinstance(reference, Mapping):
+        check_smoothed(reference, "reference")
     listed = listed_tasks(tasks)
     if len(listed) != len(posterior):
         raise ValueError(f"tasks holds {len(listed)} tasks, but the posterior has {len(posterior)}")

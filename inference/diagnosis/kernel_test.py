@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import chi2
 
 from ssm_nn.inference.beliefs import Belief
+from ssm_nn.inference.diagnosis.trajectories import check_smoothed
 from ssm_nn.inference.disturbances import parallel_sum
 from ssm_nn.inference.smoothing import Smoothed
 from ssm_nn.moments import Moments
@@ -55,7 +56,11 @@ def kernel_test(posterior: Smoothed, key: int = 0) -> dict[str, KernelTest]:
     Args:
         posterior: what ``LaplaceFilter.smooth`` returned.
         key: of the random probes by which traces of D^2 are estimated.
+
+    Raises:
+        ValueError: for another object.
     """
+    check_smoothed(posterior)
     filtered, sites = posterior.filtered, posterior.layout.sites
     labels = jnp.asarray(np.repeat(np.arange(len(sites)), [site.stop - site.start for site in sites]))
     sums = np.zeros((4, len(sites)))

@@ -60,9 +60,9 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
     """
     evidence_of = TracedFilter(engine)
     if engine.program is not program:
-        raise ValueError(
-            f"engine was made for the program {_name(engine.program)}, not for {_name(program)}; build it on the same function"
-        )
+        one, other = _name(engine.program), _name(program)
+        twin = " of the same name, which is another function" if one == other else ""
+        raise ValueError(f"engine was made for the program {one}, not for {other}{twin}; build it on the same function")
     evidence = jax.jit(evidence_of.__call__)
 
     def strong(value: Any) -> Array:  # a Python number is weakly typed, and would be compiled for once more

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.inference.diagnosis.trajectories import widened
+from ssm_nn.inference.diagnosis.trajectories import check_smoothed, widened
 from ssm_nn.inference.smoothing import Smoothed
 
 __all__ = ["PathMoments", "path_moments"]
@@ -34,8 +34,9 @@ def path_moments(posterior: Smoothed) -> PathMoments:
     """Of all tasks' weights together; O(T P^3 + T^2 P^3) time.
 
     Raises:
-        ValueError: for more than 5,000 coordinates.
+        ValueError: for more than 5,000 coordinates, and for another object.
     """
+    check_smoothed(posterior)
     tasks, size = len(posterior), posterior.layout.size
     if tasks * size > MOST_COORDINATES:
         raise ValueError(

@@ -83,6 +83,9 @@ def leave_one_out(
 def loo_by_task(tree: Any) -> LeaveOneOut:
     """PSIS-LOO of a DataTree, of an engine or of NUTS: its group log_likelihood by chain, draw, task and example.
 
+    The tree of an engine has the network's own likelihoods at draws of the weights. Those are what NUTS is judged by; of the
+    linearised network, which a Laplace posterior belongs to, ``leave_one_out`` makes them.
+
     Masked examples (nan) do not count, nor do variables without a task axis, such as hyper-parameters that were fixed by
     ``condition`` and are logged as observed.
 
@@ -92,7 +95,7 @@ def loo_by_task(tree: Any) -> LeaveOneOut:
     if "log_likelihood" not in getattr(tree, "children", {}):
         raise ValueError(
             "tree has no group log_likelihood; make it with posterior.to_datatree(tasks=tasks), or add it to NUTS draws with "
-            "log_likelihood_tree(program, samples, tasks)"
+            "log_likelihood_tree(posterior, samples, tasks)"
         )
     group = tree["log_likelihood"].to_dataset()
     values = {}
@@ -215,6 +218,8 @@ def prequential(
         ValueError: tasks of another posterior.
     """
     own = filtered.filtered if isinstance(filtered, Smoothed) else filtered
+    if not isinstance(own, Filtered):
+        raise ValueError(f"filtered is {type(own).__name__}; what engine.run or engine.smooth returns is accepted")
     stack, _ = checked_tasks(filtered if isinstance(filtered, Smoothed) else _as_smoothed(own), tasks)
     rows = []
     for t, (belief, info) in enumerate(zip(predicted_beliefs(own, stack), own.infos, strict=True)):

@@ -70,7 +70,9 @@ class SimulationCalibration:
             return ["sample", *[f"{name}_dim_{axis}" for axis in range(rank - 1)]]
 
         data = {name: (dims(name, value.ndim), value) for name, value in self.pit.items()}
-        made = xarray.Dataset(data, coords={"sample": np.arange(self.num_simulations)})
+        made = xarray.Dataset(data)
+        # plots of several scalars ask for a coordinate of each dimension
+        made = made.assign_coords({str(dim): np.arange(size) for dim, size in made.sizes.items()})
         return xarray.DataTree.from_dict({"/prior_sbc": made})
 
     @property

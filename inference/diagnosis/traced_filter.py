@@ -57,7 +57,7 @@ class TracedFilter:
 
     def __init__(self, engine: LaplaceFilter):
         if not isinstance(engine, LaplaceFilter):
-            raise ValueError(f"engine is {engine!r}; a LaplaceFilter is accepted")
+            raise ValueError(f"engine is {type(engine).__name__}; a LaplaceFilter is accepted")
         if not isinstance(engine.curvature, ExactCurvature):
             raise ValueError(f"engine has the curvature {engine.curvature!r}; ExactCurvature() has a derivative")
         if not isinstance(engine.estimator, AutomaticEstimator):

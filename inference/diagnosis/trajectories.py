@@ -29,6 +29,7 @@ from ssm_nn.tasks import Task, Tasks, stack_tasks
 
 __all__ = [
     "Trajectories",
+    "check_smoothed",
     "checked_tasks",
     "example_log_likelihood",
     "log_joint",
@@ -215,6 +216,7 @@ def paths_of_samples(posterior: Smoothed, samples: Mapping[str, Any]) -> np.ndar
     Raises:
         ValueError: for draws of another program.
     """
+    check_smoothed(posterior)
     columns, count = [], None
     for site in posterior.layout.sites:
         if site.name not in samples:
@@ -224,12 +226,20 @@ def paths_of_samples(posterior: Smoothed, samples: Mapping[str, Any]) -> np.ndar
         values = np.asarray(samples[site.name], np.float64)
         length = 1 if site.frozen else len(posterior)
         if values.ndim < 2 or values.shape[1:] != (length, *site.shape):
+            wanted = f"(draws, {', '.join(map(str, (length, *site.shape)))})"
             raise ValueError(
-                f"samples[{site.name!r}] has shape {values.shape}; draws by {(length, *site.shape)} are accepted"
+                f"samples[{site.name!r}] has shape {values.shape}; {wanted} is accepted, as "
+                "get_samples() gives them without group_by_chain"
             )
         count = len(values) if count is None else count
         columns.append(np.broadcast_to(values, (count, len(posterior), *site.shape)).reshape(count, len(posterior), -1))
     return np.concatenate(columns, axis=-1)
+
+
+def check_smoothed(posterior: Any, name: str = "posterior") -> None:
+    """Raise ValueError for what ``smooth`` did not return: a filter's run, an engine, a DataTree."""
+    if not isinstance(posterior, Smoothed):
+        raise ValueError(f"{name} is {type(posterior).__name__}; what engine.smooth(filtered) returns is accepted")
 
 
 def checked_tasks(posterior: Smoothed, tasks: Any) -> tuple[Tasks, float]:
@@ -239,6 +249,7 @@ def checked_tasks(posterior: Smoothed, tasks: Any) -> tuple[Tasks, float]:
         ValueError: another number of tasks, a program with other weights, tasks without observed values, or tasks whose log
             likelihood is not the one that the filter recorded: the posterior was made from other tasks.
     """
+    check_smoothed(posterior)
     stack = stack_tasks(tasks)
     if len(stack) != len(posterior):
         raise ValueError(f"tasks holds {len(stack)} tasks, but the posterior has {len(posterior)}")

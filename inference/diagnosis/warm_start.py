@@ -10,6 +10,7 @@ from numpyro.infer import init_to_value
 
 from ssm_nn.extraction import Program
 from ssm_nn.inference.diagnosis.path_moments import path_moments
+from ssm_nn.inference.diagnosis.trajectories import check_smoothed
 from ssm_nn.inference.draws import leaves_of_path
 from ssm_nn.inference.smoothing import Smoothed
 
@@ -33,6 +34,7 @@ def warm_start(program: Program, posterior: Smoothed, *, dense: bool = False) ->
     Raises:
         ValueError: for another program, weights that move without noise (NUTS has no density there), too many weights.
     """
+    check_smoothed(posterior)
     if posterior.program is not program:
         raise ValueError(
             "program is not the one that the posterior was made with; pass posterior.program's own function"

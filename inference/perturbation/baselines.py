@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
-from ssm_nn.inference.perturbation.fitting import Anchor, FreeWeights, OwnParameters, Surroundings, fit, joined
+from ssm_nn.inference.perturbation.fitting import Anchor, FreeWeights, OwnParameters, Surroundings, fit, joined, warn_of
 from ssm_nn.inference.perturbation.posterior import diagonal_information
 from ssm_nn.inference.perturbation.reading import Reading
 from ssm_nn.inference.perturbation.state import Storage
+from ssm_nn.inference.perturbation.task_checks import arrays_of, identity_of
 from ssm_nn.inference.predictive import AtMean, Prediction, predict_from
-from ssm_nn.tasks import Task, as_task
+from ssm_nn.tasks import Task
 
 __all__ = ["ElasticHeads", "FineTuned", "FreeState", "HeadTraining", "L2ToBase", "Packed", "SingleTask"]
 
@@ -234,7 +234,7 @@ class HeadTraining:
             )  # one compiled program for all tasks
         key = jax.random.fold_in(state.key, 2)
         passes = fit(FreeWeights(engine.program), engine.minibatch, rule.start, (engine.hypers, anchor), task, key)
-        engine._warn(state.step, passes.status)
+        warn_of(state.step, passes.status)
         weights = rule.start if passes.status == NOT_FINITE else passes.carry
         information = self._information(reading, weights, task, key) if isinstance(self.method, ElasticHeads) else None
         shared, note = self.method.after(state.note, reading.shared(weights), information)
@@ -256,8 +256,11 @@ class HeadTraining:
         self, state: FreeState, task: Task | Mapping[str, Any], identity: int | None = None
     ) -> dict[str, Prediction]:
         """At the weights of the task."""
-        task = as_arrays(as_task(task))
-        weights = self.weights(state, int(task.context["task"]) if identity is None else identity)
+        task = arrays_of(task)
+        if identity is None and "task" not in task.context:
+            raise ValueError("identity is None and the task's context has no 'task': whose weights are to predict?")
+        identity = identity_of(task.context["task"]) if identity is None else identity_of(identity, "identity")
+        weights = self.weights(state, identity)
         belief = Belief(self.engine._known().layout.packed(weights), None)
         return predict_from(self.engine.program, self.engine.hypers, belief, task, method=AtMean())
 

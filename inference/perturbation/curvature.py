@@ -25,7 +25,7 @@ from ssm_nn.inference.perturbation.factored import run_perturbed
 from ssm_nn.layers import find_layers, run_layers
 from ssm_nn.tasks import Task
 
-__all__ = ["DropQuadratic", "drop_quadratic", "kernel_statistics"]
+__all__ = ["DropQuadratic", "drop_quadratic", "kernel_statistics", "losses_at"]
 
 Array = Any
 
@@ -61,8 +61,62 @@ def drop_quadratic(
 
 def evenly(task: Task, examples: int) -> np.ndarray:
     """Indices of at most ``examples`` examples that count, evenly over the task."""
-    counted = np.arange(task.num_examples) if task.mask is None else np.flatnonzero(np.asarray(task.mask))
-    return counted[np.linspace(0, len(counted) - 1, min(examples, len(counted))).round().astype(int)]
+    return _spread(
+        np.arange(task.num_examples) if task.mask is None else np.flatnonzero(np.asarray(task.mask)), examples
+    )
+
+
+def _spread(indices: np.ndarray, number: int) -> np.ndarray:
+    return indices[np.linspace(0, len(indices) - 1, min(number, len(indices))).round().astype(int)]
+
+
+def losses_at(
+    program: Program,
+    blocks: tuple[Block, ...],
+    hypers: Any,
+    arrays: Any,
+    factors: Sequence[Factors],
+    gains: Sequence[Array],
+    task: Task,
+    examples: int,
+) -> np.ndarray:
+    """(C,) mean losses with the directions' ``gains``, (C, k) a block, on other examples than the quadratic's.
+
+    A task that has no more than ``examples`` examples, which must have a mask, is judged on all of them.
+    """
+    counted = np.flatnonzero(np.asarray(task.mask))
+    others = np.setdiff1d(counted, evenly(task, examples))
+    chosen = _spread(others if len(others) else counted, examples)
+    chunks = index_batches(jnp.asarray(chosen), min(256, len(chosen)), task.num_examples)
+    return np.asarray(_losses(program, blocks, hypers, arrays, tuple(factors), tuple(gains), task, chunks))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _losses(
+    program: Program,
+    blocks: tuple[Block, ...],
+    hypers: Any,
+    arrays: Any,
+    factors: Any,
+    gains: Any,
+    task: Task,
+    chunks: Array,
+) -> Array:
+    space = extract(program, task, hypers)
+
+    def of(gains: Any) -> Array:
+        weights = composed(blocks, arrays, [f._replace(keep=g) for f, g in zip(factors, gains, strict=True)])
+
+        def step(sums: Any, indices: Array) -> tuple[Any, None]:
+            batch = rows(task, indices)
+            new = -space.log_likelihood_at(weights, batch), jnp.sum(batch.mask)
+            return jax.tree.map(jnp.add, sums, new), None
+
+        zeros = jnp.zeros((), factors[0].keep.dtype), jnp.zeros((), int)
+        (loss, count), _ = jax.lax.scan(step, zeros, chunks)
+        return loss / jnp.maximum(count, 1)
+
+    return jax.lax.map(of, gains)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
+from ssm_nn.inference.checks import check_positive
 from ssm_nn.inference.perturbation.blocks import Block, Factors
 
 __all__ = ["Directions", "PlainSVD", "Whitened", "least_squares_scales", "residual"]
@@ -94,8 +95,7 @@ class Whitened:
     needs_sides = True
 
     def __post_init__(self):
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"damping is {self.damping}; a positive number is accepted")
+        check_positive(damping=self.damping)
 
     def split(self, block: Block, difference: Array, sides: Sides | None) -> tuple[Array, Array, Array]:
         """Of ``A^1/2 D G^1/2``, taken back by the inverse roots."""

@@ -12,7 +12,6 @@ earlier task's outputs. Source: Li et al. 2024, "Hessian Aware Low-Rank Perturba
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssm_nn.extraction import Program
-from ssm_nn.inference.batches import as_arrays
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.checks import check_count
-from ssm_nn.inference.laplace import FilterWarning
 from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.perturbation.allocation import Allocation, ExactQuadratic, dropped_loss
@@ -42,12 +39,14 @@ from ssm_nn.inference.perturbation.fitting import (
     fit,
     joined,
     standing,
+    warn_of,
 )
 from ssm_nn.inference.perturbation.graphs import Graph, Star
 from ssm_nn.inference.perturbation.posterior import diagonal_information, own_belief
-from ssm_nn.inference.perturbation.proposal import Proposal, Recipe, Watch, take_apart, truncated
+from ssm_nn.inference.perturbation.proposal import Proposal, Recipe, Watch, chosen, take_apart, truncated
 from ssm_nn.inference.perturbation.pruning import Growth, Pruning
 from ssm_nn.inference.perturbation.reading import Reading, read_program
+from ssm_nn.inference.perturbation.settings_checks import check_parts
 from ssm_nn.inference.perturbation.spending import Spending, base_numbers
 from ssm_nn.inference.perturbation.state import (
     PerturbationState,
@@ -56,9 +55,9 @@ from ssm_nn.inference.perturbation.state import (
     UpdateInfo,
     record_numbers,
 )
-from ssm_nn.inference.perturbation.task_checks import ready
+from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, ready, runnable
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
-from ssm_nn.tasks import Task, Tasks, as_task, each_task
+from ssm_nn.tasks import Task, Tasks, each_task
 
 __all__ = ["PerturbationFilter"]
 
@@ -110,6 +109,10 @@ class PerturbationFilter:
         check_count(warm_up_epochs=warm_up_epochs, sweeps=sweeps, curvature_examples=curvature_examples)
         if cap is not None:
             check_count(cap=cap)
+        check_parts(
+            program=program, minibatch=minibatch, fine_tuning=fine_tuning, prior=prior, directions=directions,
+            allocation=allocation, graph=graph, growth=growth, pruning=pruning, hypers=hypers,
+        )  # fmt: skip
         if pruning is not None and growth is None:
             raise ValueError("pruning is given without growth; it cuts to a budget: give growth=Growth(...) too")
         self.program = program
@@ -125,6 +128,7 @@ class PerturbationFilter:
         self.hypers = {name: jnp.asarray(value) for name, value in dict(hypers or {}).items()}
         self._spending = Spending(growth, pruning)
         self._reading: Reading | None = None
+        self._first_task: Task | None = None
 
     def init(self, key: Array, task: Task | Mapping[str, Any] | None = None) -> PerturbationState:
         """The state before any task: the network's own weights as base.
@@ -133,8 +137,10 @@ class PerturbationFilter:
             key: a ``jax.random.key``, or a whole number taken as its seed.
             task: the first task; it gives shapes.
         """
-        reading = self._read(as_arrays(as_task(task)))
+        reading = self._read(arrays_of(task))
         key = jax.random.key(key) if isinstance(key, int) else key
+        if not isinstance(key, jax.Array):
+            raise ValueError(f"key is {key!r}; a jax.random.key is accepted, or a whole number")
         return PerturbationState(0, key, reading.shared(reading.initial), None, ())
 
     def update(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> tuple[PerturbationState, UpdateInfo]:
@@ -151,15 +157,16 @@ class PerturbationFilter:
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
         if not state.records:
             return self._first(state, task, identity)
-        room = self._spending.room(self._known(), state)  # before the work
         proposal = self.propose(state, task)
-        keep = self.allocation.choose(proposal.scores, self._spending.budget(room))
-        return self.finish(state, task, proposal, keep)
+        watch = Watch(proposal.seconds)
+        gains = self.choose(state, task, proposal)
+        watch.lap("trial", None)
+        return self.finish(state, task, proposal._replace(seconds=watch.seconds), gains)
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
         """Warm-up, scales, directions and their scores, for a task after the first; ``state`` stays as it is."""
         task, reading = self._checked(state.step, task), self._known()
-        watch = Watch()
+        budget, watch = self._spending.budget(self._spending.room(reading, state)), Watch()
         reference = self.graph.reference(reading.blocks, state)
         origin = state.records[0 if reference is state.base else -1]
         start = joined(reference, origin.own, reading.head(reading.initial))
@@ -169,33 +176,35 @@ class PerturbationFilter:
         passes = fit(FreeWeights(self.program), settings, start, around, task, key)
         free = start if passes.status == NOT_FINITE else passes.carry
         watch.lap("warm_up", free)
-        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
-        recipe = Recipe(self.program, self.hypers, *rules)
-        factors, scores = take_apart(recipe, reading, free, reference, task, watch)
-        return Proposal(free, reference, factors, scores, passes.status, watch.seconds)
+        factors, scores = take_apart(self._recipe(), reading, free, reference, task, budget, watch)
+        return Proposal(free, reference, factors, scores, budget, passes.status, watch.seconds)
+
+    def choose(self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal) -> np.ndarray:
+        """Gains (A,) of the proposal's directions by the allocation, 0 for those that are dropped."""
+        return chosen(self._recipe(), self._known(), proposal, self._checked(state.step, task))
 
     def truncated_state(
-        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, keep: np.ndarray
+        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> PerturbationState:
         """The state that the task would leave without fine-tuning."""
-        task = as_arrays(as_task(task))
+        task = arrays_of(task)
         own = _stored(self._read(task).own(proposal.free))
-        factors = tuple(f.trimmed() for f in truncated(proposal.factors, keep))
+        factors = tuple(f.trimmed() for f in truncated(proposal.factors, gains))
         record = TaskRecord(self._identity(task, state.step), own, factors)
         return state._replace(step=state.step + 1, records=(*state.records, record))
 
     def finish(
-        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, keep: np.ndarray
+        self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> tuple[PerturbationState, UpdateInfo]:
-        """Fine-tune with the directions ``keep``, prune, and store the task."""
+        """Fine-tune from the directions with ``gains`` (A,), or with those that booleans name; prune, and store the task."""
         task, reading = self._checked(state.step, task), self._known()
         identity, watch = self._identity(task, state.step), Watch(dict(proposal.seconds))
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
-        start = OwnParameters(reading.own(proposal.free), truncated(proposal.factors, keep), moving)
+        start = OwnParameters(reading.own(proposal.free), truncated(proposal.factors, gains), moving)
         passes = fit(kind, self.fine_tuning, start, around, task, jax.random.fold_in(state.key, 2))
         own = start if passes.status == NOT_FINITE else passes.carry
-        self._warn(state.step, NOT_FINITE if proposal.status == NOT_FINITE else passes.status)
+        warn_of(state.step, NOT_FINITE if proposal.status == NOT_FINITE else passes.status)
         watch.lap("fine_tune", own)
         record = TaskRecord(identity, _stored(own.own), tuple(f.trimmed() for f in own.factors))
         records, pruned = self._spending.pruned(reading, state, record)
@@ -206,7 +215,7 @@ class PerturbationFilter:
             held, key = around._replace(moves=standing(left)), jax.random.fold_in(state.key, 3)
             passes = fit(kind, self.pruning.refit, left, held, task, key)
             own = left if passes.status == NOT_FINITE else passes.carry
-            self._warn(state.step, passes.status)
+            warn_of(state.step, passes.status)
             record = TaskRecord(identity, _stored(own.own), tuple(f.trimmed() for f in own.factors))
             records = (*records[:-1], record)
         base, precision = state.base, state.precision
@@ -219,9 +228,9 @@ class PerturbationFilter:
         after = PerturbationState(state.step + 1, key, base, precision, records)
         names = [".".join(block.name) for block in reading.blocks]
         ranks = {name: f.rank for name, f in zip(names, records[-1].factors, strict=True)}
-        chosen = ranks, np.asarray(keep, bool), proposal.scores, dropped_loss(proposal.scores, keep)
+        choice = ranks, np.asarray(gains) != 0, proposal.scores, dropped_loss(proposal.scores, gains)
         fitted = passes.objective, passes.status, pruned
-        return after, UpdateInfo(identity, *chosen, *fitted, self.storage(after), watch.seconds)
+        return after, UpdateInfo(identity, *choice, *fitted, self.storage(after), watch.seconds)
 
     def run(
         self,
@@ -243,6 +252,7 @@ class PerturbationFilter:
                 state = self.init(key, task)
                 state = state if store is None else store.read(state, self._known().own(self._known().initial))
             if number < state.step:
+                check_place(folder, number, state.records[number].identity, self._identity(task, number))
                 continue
             state, info = self.update(state, task)
             infos.append(info)
@@ -308,11 +318,10 @@ class PerturbationFilter:
         Raises:
             ValueError: for a task that was never learnt.
         """
-        task = as_arrays(as_task(task))
-        if identity is None:
-            if "task" not in task.context:
-                raise ValueError("identity is None and the task's context has no 'task': whose weights are to predict?")
-            identity = int(task.context["task"])
+        task = arrays_of(task)
+        if identity is None and "task" not in task.context:
+            raise ValueError("identity is None and the task's context has no 'task': whose weights are to predict?")
+        identity = identity_of(task.context["task"]) if identity is None else identity_of(identity, "identity")
         if belief is None:
             method = AtMean() if method is None else method
             if not isinstance(method, AtMean):
@@ -320,7 +329,8 @@ class PerturbationFilter:
             weights = self.weights(state, identity)
             belief = Belief(self._known().layout.packed(weights), None)
         extra = {} if method is None else {"method": method}
-        return predict_from(self.program, self.hypers, belief, task, key=key, **extra)
+        with runnable(task, self._first_task):
+            return predict_from(self.program, self.hypers, belief, task, key=key, **extra)
 
     def storage(self, state: PerturbationState) -> Storage:
         """Numbers kept for all tasks so far."""
@@ -333,7 +343,7 @@ class PerturbationFilter:
         passes = fit(
             FreeWeights(self.program), self.minibatch, reading.initial, (self.hypers, reading.prior), task, key
         )
-        self._warn(state.step, passes.status)
+        warn_of(state.step, passes.status)
         weights = reading.initial if passes.status == NOT_FINITE else passes.carry
         watch.lap("fine_tune", weights)
         base, precision = reading.shared(weights), None
@@ -348,6 +358,10 @@ class PerturbationFilter:
         fitted = passes.objective, passes.status
         return after, UpdateInfo(identity, {}, None, None, 0.0, *fitted, 0, self.storage(after), watch.seconds)
 
+    def _recipe(self) -> Recipe:
+        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
+        return Recipe(self.program, self.hypers, *rules)
+
     def _kind(self, reading: Reading) -> Perturbed:
         return Perturbed(self.program, reading.blocks, self.prior)
 
@@ -359,7 +373,10 @@ class PerturbationFilter:
 
     def _read(self, task: Task) -> Reading:
         if self._reading is None:
-            self._reading = read_program(self.program, self.hypers, task, self.cap)
+            with runnable(task, None):
+                self._reading = read_program(self.program, self.hypers, task, self.cap)
+            data, mask = jax.tree.map(lambda a: np.asarray(a[:1]), (task.data, task.mask))
+            self._first_task = Task(data, task.context, mask)  # its shapes are told where another task's do not fit
         return self._reading
 
     def _known(self) -> Reading:
@@ -368,20 +385,13 @@ class PerturbationFilter:
         return self._reading
 
     def _checked(self, step: int, task: Task | Mapping[str, Any]) -> Task:
-        wanted = self._read(as_arrays(as_task(task))).layout
-        return ready(self.program, self.hypers, wanted, step, self.minibatch.batch_size, task)
+        task = arrays_of(task)
+        wanted = self._read(task).layout
+        assert self._first_task is not None
+        return ready(self.program, self.hypers, wanted, self._first_task, step, self.minibatch.batch_size, task)
 
     def _identity(self, task: Task, step: int) -> int:
-        return int(task.context["task"]) if "task" in task.context else step
-
-    def _warn(self, step: int, status: int) -> None:
-        if status == NOT_FINITE:
-            warnings.warn(
-                f"task {step}: training is not finite, and what it started from is kept: lower the learning rate, or look "
-                "for outliers in the data",
-                FilterWarning,
-                stacklevel=3,
-            )
+        return identity_of(task.context["task"]) if "task" in task.context else step
 
 
 def _stored(arrays: Any) -> Any:

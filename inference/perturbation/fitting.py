@@ -9,6 +9,7 @@ Each is one compiled epoch for every task, rank and number of epochs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +23,25 @@ from ssm_nn.extraction import Program, extract
 from ssm_nn.inference.batches import rows
 from ssm_nn.inference.checks import check_finite, check_positive
 from ssm_nn.inference.epochs import Passes, run_epochs
+from ssm_nn.inference.laplace import FilterWarning
+from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.perturbation.blocks import Block, Factors, composed
 from ssm_nn.inference.perturbation.factored import run_perturbed
 from ssm_nn.tasks import Task
 
-__all__ = ["Anchor", "FreeWeights", "OwnParameters", "Perturbed", "SitePrior", "Surroundings", "fit"]
+__all__ = [
+    "Anchor",
+    "FreeWeights",
+    "OwnParameters",
+    "Perturbed",
+    "SitePrior",
+    "Surroundings",
+    "fit",
+    "joined",
+    "standing",
+    "warn_of",
+]
 
 Array = Any
 Arrays = Mapping[str, Mapping[str, Any]]
@@ -238,3 +252,14 @@ def _epoch(
 
     carry, values = jax.lax.scan(step, carry, order)
     return carry, jnp.sum(values)
+
+
+def warn_of(step: int, status: int) -> None:
+    """Warn where the training of task ``step`` was not finite."""
+    if status == NOT_FINITE:
+        warnings.warn(
+            f"task {step}: training is not finite, and what it started from is kept: lower the learning rate, or look "
+            "for outliers in the data",
+            FilterWarning,
+            stacklevel=3,
+        )

@@ -20,7 +20,7 @@ from ssm_nn.inference.batches import rows
 from ssm_nn.inference.epochs import run_epochs
 from ssm_nn.inference.perturbation.baselines import FreeState
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
-from ssm_nn.inference.perturbation.fitting import Anchor, joined
+from ssm_nn.inference.perturbation.fitting import Anchor, joined, warn_of
 from ssm_nn.tasks import Task, Tasks, stack_tasks
 
 __all__ = ["train_jointly"]
@@ -51,7 +51,7 @@ def train_jointly(
         _epoch, engine.program, settings.optimizer, settings.batch_size, engine.hypers, reading.prior, stack
     )
     passes = run_epochs(settings, epoch, (carry, settings.optimizer.init(carry)), steps, begun.key)
-    engine._warn(0, passes.status)
+    warn_of(0, passes.status)
     (shared, own), _ = passes.carry
     identities = [engine._identity(task, t) for t, task in enumerate(checked)]
     weights = {identity: jax.tree.map(lambda leaf, t=t: leaf[t], own) for t, identity in enumerate(identities)}

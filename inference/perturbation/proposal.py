@@ -13,13 +13,13 @@ import numpy as np
 from ssm_nn.extraction import Program
 from ssm_nn.inference.perturbation.allocation import Allocation, Scores
 from ssm_nn.inference.perturbation.blocks import Factors
-from ssm_nn.inference.perturbation.curvature import drop_quadratic, kernel_statistics
+from ssm_nn.inference.perturbation.curvature import drop_quadratic, kernel_statistics, losses_at
 from ssm_nn.inference.perturbation.directions import Directions, least_squares_scales, residual
 from ssm_nn.inference.perturbation.fitting import joined
 from ssm_nn.inference.perturbation.reading import Reading
 from ssm_nn.tasks import Task
 
-__all__ = ["Proposal", "Recipe", "Watch", "take_apart", "truncated"]
+__all__ = ["Proposal", "Recipe", "Watch", "chosen", "take_apart", "truncated"]
 
 Array = Any
 
@@ -51,6 +51,7 @@ class Proposal(NamedTuple):
         reference: the kernels that are perturbed.
         factors: one a block, with all directions up to the cap.
         scores: of the directions.
+        budget: numbers that directions may take; None where nothing limits them.
         status: of the warm-up.
         seconds: wall time by phase.
     """
@@ -59,12 +60,13 @@ class Proposal(NamedTuple):
     reference: Any
     factors: tuple[Factors, ...]
     scores: Scores
+    budget: int | None
     status: int
     seconds: dict[str, float]
 
 
 def take_apart(
-    recipe: Recipe, reading: Reading, free: Any, reference: Any, task: Task, watch: Watch
+    recipe: Recipe, reading: Reading, free: Any, reference: Any, task: Task, budget: int | None, watch: Watch
 ) -> tuple[tuple[Factors, ...], Scores]:
     """Factors with all directions up to the cap, and their scores.
 
@@ -73,18 +75,20 @@ def take_apart(
         reading: of the program.
         free, reference: all freely trained weights, and the kernels that are perturbed.
         task: the training data, with a mask.
+        budget: numbers that the allocation may spend.
         watch: takes the time of each phase.
     """
     program, hypers, blocks = recipe.program, recipe.hypers, reading.blocks
     sides, sensitivity = None, np.full(len(blocks), np.nan)
-    if recipe.directions.needs_sides or recipe.allocation.needs_sensitivity:
+    reads = recipe.allocation.reads(sum(block.cap * block.cost for block in blocks), budget)
+    if recipe.directions.needs_sides or reads.sensitivity:
         found = kernel_statistics(program, blocks, hypers, free, task, recipe.examples)
         sides, sensitivity = found.sides, np.asarray(found.sensitivity, float)
     watch.lap("factors", sides)
     sigma, factors = _decomposed(blocks, recipe.directions, recipe.sweeps, free, reference, sides)
     watch.lap("svd", factors)
     scores = _scores(reading, sigma, sensitivity, int(jnp.sum(task.mask)))
-    if recipe.allocation.needs_quadratic:
+    if reads.quadratic:
         arrays = joined(reference, reading.own(free))
         quadratic = drop_quadratic(program, blocks, hypers, arrays, factors, task, recipe.examples)
         scores = scores._replace(linear=np.asarray(quadratic.linear), matrix=np.asarray(quadratic.matrix))
@@ -92,11 +96,39 @@ def take_apart(
     return factors, scores
 
 
-def truncated(factors: tuple[Factors, ...], keep: np.ndarray) -> tuple[Factors, ...]:
-    """The factors with the directions ``keep`` (A,) alone."""
+def truncated(factors: tuple[Factors, ...], gains: np.ndarray) -> tuple[Factors, ...]:
+    """The factors with each direction as often as ``gains`` (A,) says: without those of 0."""
+    made = []
+    for f, part in zip(factors, gains_by_layer(factors, gains), strict=True):
+        kept = (part != 0).astype(part.dtype)
+        made.append(f._replace(right=f.right * jnp.where(kept, part, 1)[:, None], keep=kept))
+    return tuple(made)
+
+
+def gains_by_layer(factors: tuple[Factors, ...], gains: np.ndarray) -> tuple[Array, ...]:
+    """``gains`` (..., A) cut into (..., k), one a layer."""
     ends = np.cumsum([f.keep.shape[0] for f in factors])
-    parts = np.split(np.asarray(keep, bool), ends[:-1])
-    return tuple(f._replace(keep=jnp.asarray(part, f.keep.dtype)) for f, part in zip(factors, parts, strict=True))
+    parts = np.split(np.asarray(gains), ends[:-1], axis=-1)
+    return tuple(jnp.asarray(part, f.keep.dtype) for f, part in zip(factors, parts, strict=True))
+
+
+def chosen(recipe: Recipe, reading: Reading, proposal: Proposal, task: Task) -> np.ndarray:
+    """Gains (A,) of the allocation's best candidate, by the loss on examples that the quadratic has not seen if there are any.
+
+    Args:
+        recipe, reading: as for ``take_apart``.
+        proposal: whose directions are to be chosen.
+        task: the training data, with a mask.
+    """
+    candidates = recipe.allocation.candidates(proposal.scores, proposal.budget)
+    if len(candidates) == 1:
+        return candidates[0]
+    arrays = joined(proposal.reference, reading.own(proposal.free))
+    gains = gains_by_layer(proposal.factors, candidates)
+    factors, examples = proposal.factors, recipe.examples
+    losses = losses_at(recipe.program, reading.blocks, recipe.hypers, arrays, factors, gains, task, examples)
+    # a loss that is not finite is worse than any
+    return candidates[int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))]
 
 
 class Watch:

@@ -101,6 +101,8 @@ class OwnTask:
     def __post_init__(self):
         if self.spread is not None:
             check_finite(1.0, spread=self.spread)
+        if self.refit is not None and not isinstance(self.refit, Minibatch):
+            raise ValueError(f"refit is {self.refit!r}; a Minibatch is accepted, or None")
 
     def prune(self, records: tuple[TaskRecord, ...], allowed: float, room: float) -> tuple[tuple[TaskRecord, ...], int]:
         """Until the newest task fits into its own room."""

@@ -112,7 +112,13 @@ def test_classes_that_a_task_has_not_get_no_probability(rng):
 
 @pytest.mark.parametrize(
     ("head", "scale", "words"),
-    [("head", 1.0, "head"), ("*kernel", 1.0, "no kernel"), ("*1*", 0.0, "prior_scale")],
+    [
+        ("head", 1.0, "head"),
+        ("*kernel", 1.0, "no kernel"),
+        ("*1*", 0.0, "prior_scale"),
+        ("*1*", "1", "prior_scale"),
+        (None, 1.0, "head is None"),
+    ],
 )
 def test_bad_programs_are_named(head, scale, words):
     with pytest.raises(ValueError, match=words):

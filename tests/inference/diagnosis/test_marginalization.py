@@ -1,5 +1,7 @@
 """A program whose weights the filter has integrated out: its density, its derivative, and what NUTS and SVI make of it."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,6 +233,9 @@ def test_another_program_another_engine_and_bad_data_are_refused(tasks):
     engine = LaplaceFilter(walking, Dense(), hypers={"scale": 1.0, "noise": 1.0})
     with pytest.raises(ValueError, match="engine was made for the program walking, not for program"):
         marginalize(program, engine)
+    twin = types.FunctionType(walking.__code__, walking.__globals__, "walking")
+    with pytest.raises(ValueError, match="not for walking of the same name, which is another function"):
+        marginalize(twin, engine)
     with pytest.raises(ValueError, match="a LaplaceFilter is accepted"):
         marginalize(walking, "filter")
     bad = [{"x": tasks[0]["x"], "y": np.full(N, np.nan, np.float32)}]

@@ -20,10 +20,15 @@ from ssm_nn.inference.diagnosis import (
     gaussian_distance,
     gaussian_kl,
     gaussian_w2,
+    importance_weights,
+    innovations,
+    kernel_test,
     leave_one_out,
     log_likelihood_tree,
     loo_by_task,
+    path_moments,
     prequential,
+    warm_start,
 )
 
 TASKS = tasks_of(0)
@@ -211,3 +216,27 @@ def test_log_likelihoods_of_draws_go_through_the_network(exact, draws):
     expected = -0.5 * ((y - means) / SD) ** 2 - np.log(SD * np.sqrt(2 * np.pi))
     np.testing.assert_allclose(tree["log_likelihood"]["y"].values[0], expected, rtol=1e-5)
     assert jnp.isfinite(loo_by_task(tree).elpd)
+
+
+def test_what_is_no_posterior_is_named_by_every_function(exact):
+    run, draws = exact.filtered, {}
+    calls = {
+        "importance_weights": lambda: importance_weights(run, TASKS),
+        "innovations": lambda: innovations(run, TASKS),
+        "kernel_test": lambda: kernel_test(run),
+        "leave_one_out": lambda: leave_one_out(run, TASKS),
+        "log_likelihood_tree": lambda: log_likelihood_tree(run, draws, TASKS),
+        "gaussian_distance": lambda: gaussian_distance(run, draws),
+        "functional_distance": lambda: functional_distance(run, exact, TASKS),
+        "path_moments": lambda: path_moments(run),
+        "warm_start": lambda: warm_start(run.program, run),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"posterior is Filtered; what engine\.smooth"):
+            pytest.fail(f"{name} returned {call()}")
+    with pytest.raises(ValueError, match=r"reference is Filtered; what engine\.smooth"):
+        functional_distance(exact, run, TASKS)
+    with pytest.raises(ValueError, match=r"filtered is list; what engine\.run or"):
+        prequential([], TASKS)
+    with pytest.raises(ValueError, match=r"models\['b'\] is DataTree; what engine\.run or"):
+        compare_evidence({"a": exact, "b": exact.to_datatree(num_samples=2)})

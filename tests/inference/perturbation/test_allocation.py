@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from ssm_nn.inference.perturbation.allocation import (
     Evidence,
@@ -13,6 +14,7 @@ from ssm_nn.inference.perturbation.allocation import (
     Scores,
     dropped_loss,
 )
+from ssm_nn.inference.perturbation.directions import Whitened
 
 
 @pytest.fixture
@@ -68,6 +70,35 @@ def test_exact_allocation_is_the_greedy_descent_of_the_quadratic(scores, budget)
     assert np.array_equal(ExactQuadratic().choose(scores, budget), greedy_by_definition(scores, budget))
 
 
+@pytest.mark.parametrize("budget", [0, 6, 17, 30])
+def test_exact_candidates_fit_and_hold_the_sets_of_the_quadratic_and_of_the_paper(scores, budget):
+    gains = ExactQuadratic().candidates(scores, budget)
+    assert all(scores.cost[row != 0].sum() <= budget for row in gains)
+    untouched = [row.astype(bool).tolist() for row in gains if np.isin(row, [0, 1]).all()]
+    assert ExactQuadratic().choose(scores, budget).tolist() in untouched
+    assert PaperShare(1.0).choose(scores, budget).tolist() in untouched
+
+
+def test_a_whole_step_ends_at_the_minimum_of_the_quadratic_given_what_is_dropped(scores):
+    rule = ExactQuadratic(damping=1e-12)
+    _, half, whole = rule.candidates(scores, None)
+    kept = whole != 0
+    assert np.array_equal(kept, rule.choose(scores, None))
+    lowest = minimize(lambda z: dropped_loss(scores, np.where(kept, z, 0)), np.ones(7))
+    assert dropped_loss(scores, whole) == pytest.approx(lowest.fun, abs=1e-8)
+    np.testing.assert_allclose(half[kept], (1 + whole[kept]) / 2)
+
+
+def test_where_everything_fits_nothing_is_read_and_nothing_is_dropped(scores):
+    total = int(scores.cost.sum())
+    blank = scores._replace(linear=scores.linear * np.nan, matrix=scores.matrix * np.nan)
+    gains = ExactQuadratic().candidates(blank, total)
+    assert gains.tolist() == [[1.0] * 7]
+    assert dropped_loss(blank, gains[0]) == 0
+    assert ExactQuadratic().reads(total, total) == (False, False)
+    assert ExactQuadratic().reads(total, total - 1) == (True, True)
+
+
 def test_additive_increments_make_the_greedy_choice_the_best_one(scores, rng):
     plain = scores._replace(matrix=np.diag(rng.gamma(1, size=7)), linear=np.zeros(7), cost=np.full(7, 3))
     keep = ExactQuadratic().choose(plain, 9)
@@ -98,6 +129,14 @@ def test_no_allocation_exceeds_its_budget(scores, allocation, budget):
 def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha is .*\(0, 1\]"):
         PaperShare(alpha)
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, "1", None])
+def test_bad_dampings_are_refused(damping):
+    with pytest.raises(ValueError, match="damping is"):
+        ExactQuadratic(damping=damping)
+    with pytest.raises(ValueError, match="damping is"):
+        Whitened(damping)
 
 
 def test_bad_ranks_are_refused():

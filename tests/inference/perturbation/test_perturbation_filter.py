@@ -183,6 +183,25 @@ def test_the_score_ranks_single_drops_as_the_loss_does(learnt, quadratic):
     assert spearmanr(true, predicted).statistic > 0.99
 
 
+def test_the_choice_is_the_candidate_with_the_least_loss_on_examples_that_the_quadratic_has_not_seen(learnt):
+    _, states, _ = learnt
+    made = engine(growth=Growth(1.0, 4))
+    made.init(0, TASKS[0])
+    found = made.propose(states[1], TASKS[1])
+    candidates = made.allocation.candidates(found.scores, found.budget)
+    assert len(candidates) > 3
+    seen = np.linspace(0, 319, 100).round().astype(int)
+    others = np.setdiff1d(np.arange(320), seen)
+    judged = others[np.linspace(0, len(others) - 1, 100).round().astype(int)]
+    examples = Task({name: np.asarray(TASKS[1][name])[judged] for name in ("x", "y")}, TASKS[1].context)
+    losses = []
+    for gains in candidates:
+        state = made.truncated_state(states[1], TASKS[1], found, gains)
+        losses.append(-made.predict(state, examples)["y"].log_density.mean())
+    assert np.array_equal(made.choose(states[1], TASKS[1], found), candidates[int(np.argmin(losses))])
+    assert max(losses) > min(losses) + 1e-3
+
+
 def test_one_compiled_program_serves_all_ranks_and_tasks(learnt):
     first, states, _ = learnt
     first.predict(states[3], STREAM.test[2])  # compiled here, whichever tests this process has run before
@@ -252,6 +271,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, learnt):
     assert all((tmp_path / name).read_bytes() == content for name, content in kept.items())
     _, infos = engine(growth=Growth(4.0, 4)).run(0, TASKS, tmp_path)
     assert not infos
+    with pytest.raises(ValueError, match="task 0 has the identity 0; here it has 1"):
+        engine(growth=Growth(4.0, 4)).run(0, TASKS[1:], tmp_path)
     (damaged,) = tmp_path.glob("task-0002*.npz")
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(CheckpointError):
@@ -311,6 +332,21 @@ def test_bad_input_is_named(learnt):
         (lambda: made.update(states[4], Task({"x": TASKS[0]["x"] * np.nan, "y": TASKS[0]["y"]})), "not finite"),
         (lambda: made.predict(states[4], STREAM.test[0], method=Linearised(3)), "give the belief"),
         (lambda: engine(cap=0), "cap is 0"),
+        (
+            lambda: made.update(states[4], Task({"x": TASKS[0]["x"][:, :60], "y": TASKS[0]["y"]}, {"task": 7})),
+            r"'x' \(N, 60\)",
+        ),
+        (lambda: made.predict(states[4], {"x": TASKS[0]["x"][:, :60]}, 1), r"'x' \(N, 60\).*first had 'x' \(N, 64\)"),
+        (lambda: made.update(states[4], Task({"x": TASKS[0]["x"], "y": TASKS[0]["y"] / 2}, {"task": 7})), "integer"),
+        (lambda: made.update(states[4], Task({"x": TASKS[0]["x"].astype(str)}, {"task": 7})), "arrays of numbers"),
+        (lambda: made.update(states[4], Task({"z": TASKS[0]["x"]}, {"task": 7})), "has no 'x'"),
+        (lambda: made.update(states[4], Task(TASKS[0].data, {"task": 1.5})), "'task' is .*1.5.*whole number"),
+        (lambda: made.predict(states[4], STREAM.test[0], "1"), "identity is '1'"),
+        (lambda: engine(allocation="paper"), "allocation is 'paper'; accepted are PaperShare"),
+        (lambda: engine(allocation=PaperShare), "allocation is <class"),
+        (lambda: engine(growth=0.6), "growth is 0.6; a Growth"),
+        (lambda: OwnTask(2.0, refit=3), "refit is 3"),
+        (lambda: engine().init("a", TASKS[0]), "key is 'a'"),
         (lambda: engine(pruning=OwnTask()), "without growth"),
         (lambda: Growth(0.0), "limit is 0"),
         (lambda: Growth("0.6"), "limit is '0.6'"),
@@ -335,6 +371,13 @@ def test_a_head_of_another_size_is_refused():
     small = {name: TASKS[0][name][:64] for name in ("x", "y")}
     with pytest.raises(ValueError, match="a head keeps its size"):
         made.update(state, Task(small | {"y": small["y"] % 5}, {"task": 1}))
+
+    def made_inside(tasks):
+        multi_head(mlp((64, 20, 5 + 5 * (tasks["y"].shape[1] > 200)), "relu"), "layers.1.*")(tasks)
+
+    made = PerturbationFilter(made_inside, minibatch=SETTINGS)
+    with pytest.raises(ValueError, match="A head keeps its size"):
+        made.update(made.init(0, TASKS[0]), TASKS[0])
 
 
 def test_training_that_diverges_is_reported():
