@@ -28,7 +28,16 @@ from ssm_nn.program import TaskBody
 from ssm_nn.tasks import Task, Tasks
 from ssm_nn.weight_mesh import DATA, WEIGHTS
 
-__all__ = ["ShardedLayout", "ShardedProgram", "checked_mesh", "copied", "everywhere", "gathered", "on_mesh"]
+__all__ = [
+    "LeafwiseProgram",
+    "ShardedLayout",
+    "ShardedProgram",
+    "checked_mesh",
+    "copied",
+    "everywhere",
+    "gathered",
+    "on_mesh",
+]
 
 Array = Any
 
@@ -219,6 +228,25 @@ class ShardedProgram:
     def everywhere(self, tree: Any) -> Any:
         """``copied`` on this mesh."""
         return copied(self.mesh, tree)
+
+
+class LeafwiseProgram(ShardedProgram):
+    """``program`` over a mesh for an engine that holds weights leaf by leaf: in the plain layout, examples along ``data``."""
+
+    def placed(self, space: StateSpace) -> StateSpace:
+        """The state-space form as it is, its examples spread."""
+        return space._replace(body=_SplitBody(space.body, self.mesh))
+
+    def spread(self, leaves: Any) -> Any:
+        """The pytree with every leaf cut along its longest axis that ``weights`` divides; on every device where none is."""
+        shards = self.mesh.shape[WEIGHTS]
+
+        def placed(leaf: Array) -> Array:
+            axis, rows = _split_axis(leaf.shape, shards)
+            parts = (*(None,) * axis, WEIGHTS) if leaf.shape and leaf.shape[axis] == rows * shards else ()
+            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec(*parts)))
+
+        return jax.tree.map(placed, leaves)
 
 
 class _SplitBody(TaskBody):
