@@ -55,7 +55,7 @@ from ssm_nn.inference.perturbation.state import (
     UpdateInfo,
     record_numbers,
 )
-from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, ready, runnable
+from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, key_of, ready, runnable
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
 from ssm_nn.tasks import Task, Tasks, each_task
 
@@ -138,10 +138,7 @@ class PerturbationFilter:
             task: the first task; it gives shapes.
         """
         reading = self._read(arrays_of(task))
-        key = jax.random.key(key) if isinstance(key, int) else key
-        if not isinstance(key, jax.Array):
-            raise ValueError(f"key is {key!r}; a jax.random.key is accepted, or a whole number")
-        return PerturbationState(0, key, reading.shared(reading.initial), None, ())
+        return PerturbationState(0, key_of(key), reading.shared(reading.initial), None, ())
 
     def update(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> tuple[PerturbationState, UpdateInfo]:
         """Learn one task.
@@ -152,20 +149,22 @@ class PerturbationFilter:
         """
         task = self._checked(state.step, task)
         identity = self._identity(task, state.step)
-        known = [record.identity for record in state.records]
-        if identity in known:
+        if identity in (known := [record.identity for record in state.records]):
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
         if not state.records:
             return self._first(state, task, identity)
-        proposal = self.propose(state, task)
+        proposal = self._proposed(state, task)
         watch = Watch(proposal.seconds)
-        gains = self.choose(state, task, proposal)
+        gains = chosen(self._recipe(), self._known(), proposal, task)
         watch.lap("trial", None)
-        return self.finish(state, task, proposal._replace(seconds=watch.seconds), gains)
+        return self._finished(state, task, proposal._replace(seconds=watch.seconds), gains)
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
         """Warm-up, scales, directions and their scores, for a task after the first; ``state`` stays as it is."""
-        task, reading = self._checked(state.step, task), self._known()
+        return self._proposed(state, self._checked(state.step, task))
+
+    def _proposed(self, state: PerturbationState, task: Task) -> Proposal:
+        reading = self._known()
         budget, watch = self._spending.budget(self._spending.room(reading, state)), Watch()
         reference = self.graph.reference(reading.blocks, state)
         origin = state.records[0 if reference is state.base else -1]
@@ -197,7 +196,12 @@ class PerturbationFilter:
         self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> tuple[PerturbationState, UpdateInfo]:
         """Fine-tune from the directions with ``gains`` (A,), or with those that booleans name; prune, and store the task."""
-        task, reading = self._checked(state.step, task), self._known()
+        return self._finished(state, self._checked(state.step, task), proposal, gains)
+
+    def _finished(
+        self, state: PerturbationState, task: Task, proposal: Proposal, gains: np.ndarray
+    ) -> tuple[PerturbationState, UpdateInfo]:
+        reading = self._known()
         identity, watch = self._identity(task, state.step), Watch(dict(proposal.seconds))
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
@@ -291,9 +295,8 @@ class PerturbationFilter:
             {},
         )
         around = Surroundings(self.hypers, reference, reading.prior)
-        key = jax.random.key(key) if isinstance(key, int) else key
         theta = reading.layout.packed(self.weights(state, record.identity))
-        return own_belief(kind, own, around, task, theta, key, self.curvature_examples)
+        return own_belief(kind, own, around, task, theta, key_of(key), self.curvature_examples)
 
     def predict(
         self,
@@ -359,8 +362,7 @@ class PerturbationFilter:
         return after, UpdateInfo(identity, {}, None, None, 0.0, *fitted, 0, self.storage(after), watch.seconds)
 
     def _recipe(self) -> Recipe:
-        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
-        return Recipe(self.program, self.hypers, *rules)
+        return Recipe(self.program, self.hypers, self.directions, self.allocation, self.sweeps, self.curvature_examples)
 
     def _kind(self, reading: Reading) -> Perturbed:
         return Perturbed(self.program, reading.blocks, self.prior)
