@@ -34,8 +34,10 @@ __all__ = [
     "ShardedProgram",
     "checked_mesh",
     "copied",
+    "cut",
     "everywhere",
     "gathered",
+    "leafwise",
     "on_mesh",
 ]
 
@@ -237,16 +239,36 @@ class LeafwiseProgram(ShardedProgram):
         """The state-space form as it is, its examples spread."""
         return space._replace(body=_SplitBody(space.body, self.mesh))
 
-    def spread(self, leaves: Any) -> Any:
-        """The pytree with every leaf cut along its longest axis that ``weights`` divides; on every device where none is."""
-        shards = self.mesh.shape[WEIGHTS]
 
-        def placed(leaf: Array) -> Array:
-            axis, rows = _split_axis(leaf.shape, shards)
-            parts = (*(None,) * axis, WEIGHTS) if leaf.shape and leaf.shape[axis] == rows * shards else ()
-            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec(*parts)))
+def leafwise(program: Program, mesh: Mesh | None) -> Program:
+    """A ``LeafwiseProgram``; the program itself without a mesh.
 
-        return jax.tree.map(placed, leaves)
+    Raises:
+        ValueError: for another mesh than ``checked_mesh`` accepts, or for several processes.
+    """
+    if mesh is None:
+        return program
+    if jax.process_count() > 1:
+        raise ValueError(f"mesh is of {jax.process_count()} processes; devices of one process are accepted")
+    return LeafwiseProgram(program, checked_mesh(mesh))
+
+
+def cut[Tree](program: Program, leaves: Tree) -> Tree:
+    """Every leaf cut along its longest axis that the mesh's ``weights`` divides; whole on every device where none is.
+
+    As they are where the program has no mesh.
+    """
+    if not isinstance(program, LeafwiseProgram):
+        return leaves
+    mesh = program.mesh
+
+    def placed(leaf: Array) -> Array:
+        axis, rows = _split_axis(leaf.shape, mesh.shape[WEIGHTS])
+        whole = not leaf.shape or leaf.shape[axis] < rows * mesh.shape[WEIGHTS]
+        spec = PartitionSpec() if whole else PartitionSpec(*(None,) * axis, WEIGHTS)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, leaves)
 
 
 class _SplitBody(TaskBody):

@@ -50,9 +50,9 @@ from ssm_nn.inference.perturbation.reading import Reading, read_program
 from ssm_nn.inference.perturbation.settings_checks import check_parts
 from ssm_nn.inference.perturbation.spending import Spending, base_numbers
 from ssm_nn.inference.perturbation.state import PerturbationState, Storage, TaskRecord, UpdateInfo, record_numbers
-from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, ready, runnable
+from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, key_of, ready, runnable
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
-from ssm_nn.inference.sharding import LeafwiseProgram, checked_mesh, everywhere
+from ssm_nn.inference.sharding import cut, everywhere, leafwise
 from ssm_nn.tasks import Task, Tasks, each_task
 
 __all__ = ["PerturbationFilter"]
@@ -114,9 +114,7 @@ class PerturbationFilter:
         )  # fmt: skip
         if pruning is not None and growth is None:
             raise ValueError("pruning is given without growth; it cuts to a budget: give growth=Growth(...) too")
-        if mesh is not None and jax.process_count() > 1:
-            raise ValueError(f"mesh is of {jax.process_count()} processes; devices of one process are accepted")
-        self.program = program if mesh is None else LeafwiseProgram(program, checked_mesh(mesh))
+        self.program = leafwise(program, mesh)
         self.minibatch = Minibatch() if minibatch is None else minibatch
         self.fine_tuning = self.minibatch if fine_tuning is None else fine_tuning
         self.warm_up_epochs, self.cap, self.sweeps = warm_up_epochs, cap, sweeps
@@ -138,10 +136,7 @@ class PerturbationFilter:
             task: the first task; it gives shapes.
         """
         reading = self._read(arrays_of(task))
-        key = jax.random.key(key) if isinstance(key, int) else key
-        if not isinstance(key, jax.Array):
-            raise ValueError(f"key is {key!r}; a jax.random.key is accepted, or a whole number")
-        return PerturbationState(0, key, self._spread(reading.shared(reading.initial)), None, ())
+        return PerturbationState(0, key_of(key), cut(self.program, reading.shared(reading.initial)), None, ())
 
     def update(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> tuple[PerturbationState, UpdateInfo]:
         """Learn one task.
@@ -152,20 +147,22 @@ class PerturbationFilter:
         """
         task = self._checked(state.step, task)
         identity = self._identity(task, state.step)
-        known = [record.identity for record in state.records]
-        if identity in known:
+        if identity in (known := [record.identity for record in state.records]):
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
         if not state.records:
             return self._first(state, task, identity)
-        proposal = self.propose(state, task)
+        proposal = self._proposed(state, task)
         watch = Watch(proposal.seconds)
-        gains = self.choose(state, task, proposal)
+        gains = chosen(self._recipe(), self._known(), proposal, task)
         watch.lap("trial", None)
-        return self.finish(state, task, proposal._replace(seconds=watch.seconds), gains)
+        return self._finished(state, task, proposal._replace(seconds=watch.seconds), gains)
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
         """Warm-up, scales, directions and their scores, for a task after the first; ``state`` stays as it is."""
-        task, reading = self._checked(state.step, task), self._known()
+        return self._proposed(state, self._checked(state.step, task))
+
+    def _proposed(self, state: PerturbationState, task: Task) -> Proposal:
+        reading = self._known()
         budget, watch = self._spending.budget(self._spending.room(reading, state)), Watch()
         reference = self.graph.reference(reading.blocks, state)
         origin = state.records[0 if reference is state.base else -1]
@@ -197,7 +194,12 @@ class PerturbationFilter:
         self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> tuple[PerturbationState, UpdateInfo]:
         """Fine-tune from the directions with ``gains`` (A,), or with those that booleans name; prune, and store the task."""
-        task, reading = self._checked(state.step, task), self._known()
+        return self._finished(state, self._checked(state.step, task), proposal, gains)
+
+    def _finished(
+        self, state: PerturbationState, task: Task, proposal: Proposal, gains: np.ndarray
+    ) -> tuple[PerturbationState, UpdateInfo]:
+        reading = self._known()
         identity, watch = self._identity(task, state.step), Watch(dict(proposal.seconds))
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
@@ -223,7 +225,7 @@ class PerturbationFilter:
             found = diagonal_information(kind, own, around, task, state.key, self.curvature_examples)
             base = own.base
             precision = jax.tree.map(jnp.add, precision, found.base)
-        base, precision = self._spread(base), self._spread(precision)
+        base, precision = cut(self.program, base), cut(self.program, precision)
         watch.lap("prune", base)
         key = jax.random.fold_in(state.key, 0)
         after = PerturbationState(state.step + 1, key, base, precision, records)
@@ -292,9 +294,8 @@ class PerturbationFilter:
             {},
         )
         around = Surroundings(self.hypers, reference, reading.prior)
-        key = jax.random.key(key) if isinstance(key, int) else key
         theta = reading.layout.packed(self.weights(state, record.identity))
-        return own_belief(kind, own, around, task, theta, key, self.curvature_examples)
+        return own_belief(kind, own, around, task, theta, key_of(key), self.curvature_examples)
 
     def predict(
         self,
@@ -341,12 +342,12 @@ class PerturbationFilter:
         reading, watch = self._read(task), Watch()
         self._spending.check(reading)
         key = jax.random.fold_in(state.key, 2)
-        start = self._spread(reading.initial)
+        start = cut(self.program, reading.initial)
         passes = fit(FreeWeights(self.program), self.minibatch, start, (self.hypers, reading.prior), task, key)
         warn_of(state.step, passes.status)
         weights = reading.initial if passes.status == NOT_FINITE else passes.carry
         watch.lap("fine_tune", weights)
-        base, precision = self._spread(reading.shared(weights)), None
+        base, precision = cut(self.program, reading.shared(weights)), None
         if self.graph.base_moves:
             kind = replace(self._kind(reading), blocks=())
             own = OwnParameters({}, (), base)
@@ -358,12 +359,8 @@ class PerturbationFilter:
         fitted = passes.objective, passes.status
         return after, UpdateInfo(identity, {}, None, None, 0.0, *fitted, 0, self.storage(after), watch.seconds)
 
-    def _spread(self, leaves: Any) -> Any:
-        return self.program.spread(leaves) if isinstance(self.program, LeafwiseProgram) else leaves
-
     def _recipe(self) -> Recipe:
-        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
-        return Recipe(self.program, self.hypers, *rules)
+        return Recipe(self.program, self.hypers, self.directions, self.allocation, self.sweeps, self.curvature_examples)
 
     def _kind(self, reading: Reading) -> Perturbed:
         return Perturbed(self.program, reading.blocks, self.prior)
