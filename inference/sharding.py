@@ -28,7 +28,18 @@ from ssm_nn.program import TaskBody
 from ssm_nn.tasks import Task, Tasks
 from ssm_nn.weight_mesh import DATA, WEIGHTS
 
-__all__ = ["ShardedLayout", "ShardedProgram", "checked_mesh", "copied", "everywhere", "gathered", "on_mesh"]
+__all__ = [
+    "LeafwiseProgram",
+    "ShardedLayout",
+    "ShardedProgram",
+    "checked_mesh",
+    "copied",
+    "cut",
+    "everywhere",
+    "gathered",
+    "leafwise",
+    "on_mesh",
+]
 
 Array = Any
 
@@ -219,6 +230,45 @@ class ShardedProgram:
     def everywhere(self, tree: Any) -> Any:
         """``copied`` on this mesh."""
         return copied(self.mesh, tree)
+
+
+class LeafwiseProgram(ShardedProgram):
+    """``program`` over a mesh for an engine that holds weights leaf by leaf: in the plain layout, examples along ``data``."""
+
+    def placed(self, space: StateSpace) -> StateSpace:
+        """The state-space form as it is, its examples spread."""
+        return space._replace(body=_SplitBody(space.body, self.mesh))
+
+
+def leafwise(program: Program, mesh: Mesh | None) -> Program:
+    """A ``LeafwiseProgram``; the program itself without a mesh.
+
+    Raises:
+        ValueError: for another mesh than ``checked_mesh`` accepts, or for several processes.
+    """
+    if mesh is None:
+        return program
+    if jax.process_count() > 1:
+        raise ValueError(f"mesh is of {jax.process_count()} processes; devices of one process are accepted")
+    return LeafwiseProgram(program, checked_mesh(mesh))
+
+
+def cut[Tree](program: Program, leaves: Tree) -> Tree:
+    """Every leaf cut along its longest axis that the mesh's ``weights`` divides; whole on every device where none is.
+
+    As they are where the program has no mesh.
+    """
+    if not isinstance(program, LeafwiseProgram):
+        return leaves
+    mesh = program.mesh
+
+    def placed(leaf: Array) -> Array:
+        axis, rows = _split_axis(leaf.shape, mesh.shape[WEIGHTS])
+        whole = not leaf.shape or leaf.shape[axis] < rows * mesh.shape[WEIGHTS]
+        spec = PartitionSpec() if whole else PartitionSpec(*(None,) * axis, WEIGHTS)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, leaves)
 
 
 class _SplitBody(TaskBody):

@@ -134,8 +134,9 @@ def each_task(tasks: Tasks | Iterable[Task | Mapping[str, Any] | None]) -> Itera
     Raises:
         ValueError: for one task in the place of several, or none at all.
     """
-    if isinstance(tasks, Mapping) and not isinstance(tasks, Tasks):
-        raise ValueError("tasks is a mapping; a stack made by stack_tasks, a list or an iterator of tasks is accepted")
+    if not isinstance(tasks, Iterable) or (isinstance(tasks, Mapping) and not isinstance(tasks, Tasks)):
+        kind = "a mapping" if isinstance(tasks, Mapping) else f"of type {type(tasks).__name__}"
+        raise ValueError(f"tasks is {kind}; a stack made by stack_tasks, a list or an iterator of tasks is accepted")
     empty = True
     for task in (tasks.at(t) for t in range(len(tasks))) if isinstance(tasks, Tasks) else tasks:
         empty = False

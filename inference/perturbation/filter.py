@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ssm_nn.extraction import Program
 from ssm_nn.inference.beliefs import Belief
@@ -48,15 +49,10 @@ from ssm_nn.inference.perturbation.pruning import Growth, Pruning
 from ssm_nn.inference.perturbation.reading import Reading, read_program
 from ssm_nn.inference.perturbation.settings_checks import check_parts
 from ssm_nn.inference.perturbation.spending import Spending, base_numbers
-from ssm_nn.inference.perturbation.state import (
-    PerturbationState,
-    Storage,
-    TaskRecord,
-    UpdateInfo,
-    record_numbers,
-)
-from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, ready, runnable
+from ssm_nn.inference.perturbation.state import PerturbationState, Storage, TaskRecord, UpdateInfo, record_numbers
+from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, key_of, ready, runnable
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
+from ssm_nn.inference.sharding import cut, everywhere, leafwise
 from ssm_nn.tasks import Task, Tasks, each_task
 
 __all__ = ["PerturbationFilter"]
@@ -84,6 +80,8 @@ class PerturbationFilter:
         sweeps: of the least squares for the scales.
         curvature_examples: behind the Kronecker factors, the quadratic and the Laplace posterior.
         hypers: value of every latent site outside the weights.
+        mesh: a ``jax.sharding.Mesh`` of one process: the kernels, with what the optimiser keeps of them, are cut along its axis
+            ``weights``, batches along its axis ``data``. The factors of a task, which are small, are made and kept whole.
 
     A task's identity is ``task.context["task"]``; without it, its place in the sequence.
     """
@@ -105,6 +103,7 @@ class PerturbationFilter:
         sweeps: int = 1,
         curvature_examples: int = 2000,
         hypers: Mapping[str, Array] | None = None,
+        mesh: Mesh | None = None,
     ):
         check_count(warm_up_epochs=warm_up_epochs, sweeps=sweeps, curvature_examples=curvature_examples)
         if cap is not None:
@@ -115,7 +114,7 @@ class PerturbationFilter:
         )  # fmt: skip
         if pruning is not None and growth is None:
             raise ValueError("pruning is given without growth; it cuts to a budget: give growth=Growth(...) too")
-        self.program = program
+        self.program = leafwise(program, mesh)
         self.minibatch = Minibatch() if minibatch is None else minibatch
         self.fine_tuning = self.minibatch if fine_tuning is None else fine_tuning
         self.warm_up_epochs, self.cap, self.sweeps = warm_up_epochs, cap, sweeps
@@ -123,8 +122,7 @@ class PerturbationFilter:
         self.directions = Whitened() if directions is None else directions
         self.allocation = ExactQuadratic() if allocation is None else allocation
         self.graph = Star() if graph is None else graph
-        self.growth, self.pruning = growth, pruning
-        self.curvature_examples = curvature_examples
+        self.growth, self.pruning, self.curvature_examples = growth, pruning, curvature_examples
         self.hypers = {name: jnp.asarray(value) for name, value in dict(hypers or {}).items()}
         self._spending = Spending(growth, pruning)
         self._reading: Reading | None = None
@@ -138,10 +136,7 @@ class PerturbationFilter:
             task: the first task; it gives shapes.
         """
         reading = self._read(arrays_of(task))
-        key = jax.random.key(key) if isinstance(key, int) else key
-        if not isinstance(key, jax.Array):
-            raise ValueError(f"key is {key!r}; a jax.random.key is accepted, or a whole number")
-        return PerturbationState(0, key, reading.shared(reading.initial), None, ())
+        return PerturbationState(0, key_of(key), cut(self.program, reading.shared(reading.initial)), None, ())
 
     def update(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> tuple[PerturbationState, UpdateInfo]:
         """Learn one task.
@@ -152,20 +147,22 @@ class PerturbationFilter:
         """
         task = self._checked(state.step, task)
         identity = self._identity(task, state.step)
-        known = [record.identity for record in state.records]
-        if identity in known:
+        if identity in (known := [record.identity for record in state.records]):
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
         if not state.records:
             return self._first(state, task, identity)
-        proposal = self.propose(state, task)
+        proposal = self._proposed(state, task)
         watch = Watch(proposal.seconds)
-        gains = self.choose(state, task, proposal)
+        gains = chosen(self._recipe(), self._known(), proposal, task)
         watch.lap("trial", None)
-        return self.finish(state, task, proposal._replace(seconds=watch.seconds), gains)
+        return self._finished(state, task, proposal._replace(seconds=watch.seconds), gains)
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
         """Warm-up, scales, directions and their scores, for a task after the first; ``state`` stays as it is."""
-        task, reading = self._checked(state.step, task), self._known()
+        return self._proposed(state, self._checked(state.step, task))
+
+    def _proposed(self, state: PerturbationState, task: Task) -> Proposal:
+        reading = self._known()
         budget, watch = self._spending.budget(self._spending.room(reading, state)), Watch()
         reference = self.graph.reference(reading.blocks, state)
         origin = state.records[0 if reference is state.base else -1]
@@ -197,7 +194,12 @@ class PerturbationFilter:
         self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> tuple[PerturbationState, UpdateInfo]:
         """Fine-tune from the directions with ``gains`` (A,), or with those that booleans name; prune, and store the task."""
-        task, reading = self._checked(state.step, task), self._known()
+        return self._finished(state, self._checked(state.step, task), proposal, gains)
+
+    def _finished(
+        self, state: PerturbationState, task: Task, proposal: Proposal, gains: np.ndarray
+    ) -> tuple[PerturbationState, UpdateInfo]:
+        reading = self._known()
         identity, watch = self._identity(task, state.step), Watch(dict(proposal.seconds))
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
@@ -223,6 +225,7 @@ class PerturbationFilter:
             found = diagonal_information(kind, own, around, task, state.key, self.curvature_examples)
             base = own.base
             precision = jax.tree.map(jnp.add, precision, found.base)
+        base, precision = cut(self.program, base), cut(self.program, precision)
         watch.lap("prune", base)
         key = jax.random.fold_in(state.key, 0)
         after = PerturbationState(state.step + 1, key, base, precision, records)
@@ -291,9 +294,8 @@ class PerturbationFilter:
             {},
         )
         around = Surroundings(self.hypers, reference, reading.prior)
-        key = jax.random.key(key) if isinstance(key, int) else key
         theta = reading.layout.packed(self.weights(state, record.identity))
-        return own_belief(kind, own, around, task, theta, key, self.curvature_examples)
+        return own_belief(kind, own, around, task, theta, key_of(key), self.curvature_examples)
 
     def predict(
         self,
@@ -340,13 +342,12 @@ class PerturbationFilter:
         reading, watch = self._read(task), Watch()
         self._spending.check(reading)
         key = jax.random.fold_in(state.key, 2)
-        passes = fit(
-            FreeWeights(self.program), self.minibatch, reading.initial, (self.hypers, reading.prior), task, key
-        )
+        start = cut(self.program, reading.initial)
+        passes = fit(FreeWeights(self.program), self.minibatch, start, (self.hypers, reading.prior), task, key)
         warn_of(state.step, passes.status)
         weights = reading.initial if passes.status == NOT_FINITE else passes.carry
         watch.lap("fine_tune", weights)
-        base, precision = reading.shared(weights), None
+        base, precision = cut(self.program, reading.shared(weights)), None
         if self.graph.base_moves:
             kind = replace(self._kind(reading), blocks=())
             own = OwnParameters({}, (), base)
@@ -359,8 +360,7 @@ class PerturbationFilter:
         return after, UpdateInfo(identity, {}, None, None, 0.0, *fitted, 0, self.storage(after), watch.seconds)
 
     def _recipe(self) -> Recipe:
-        rules = self.directions, self.allocation, self.sweeps, self.curvature_examples
-        return Recipe(self.program, self.hypers, *rules)
+        return Recipe(self.program, self.hypers, self.directions, self.allocation, self.sweeps, self.curvature_examples)
 
     def _kind(self, reading: Reading) -> Perturbed:
         return Perturbed(self.program, reading.blocks, self.prior)
@@ -388,7 +388,9 @@ class PerturbationFilter:
         task = arrays_of(task)
         wanted = self._read(task).layout
         assert self._first_task is not None
-        return ready(self.program, self.hypers, wanted, self._first_task, step, self.minibatch.batch_size, task)
+        size = self.minibatch.batch_size
+        made = ready(self.program, self.hypers, wanted, self._first_task, step, size, task)
+        return everywhere(self.program, made)
 
     def _identity(self, task: Task, step: int) -> int:
         return identity_of(task.context["task"]) if "task" in task.context else step

@@ -15,7 +15,7 @@ from ssm_nn.inference.batches import as_arrays, batched, with_mask, without_mask
 from ssm_nn.inference.checks import check_support, check_task
 from ssm_nn.tasks import Task, as_task
 
-__all__ = ["arrays_of", "check_place", "identity_of", "ready", "runnable"]
+__all__ = ["arrays_of", "check_place", "identity_of", "key_of", "ready", "runnable"]
 
 Array = Any
 
@@ -46,6 +46,14 @@ def identity_of(value: Any, argument: str = "the context's 'task'") -> int:
     except (TypeError, ValueError, OverflowError):  # no number, several, or infinite
         pass
     raise ValueError(f"{argument} is {value!r}; one whole number, a task's identity, is accepted")
+
+
+def key_of(key: Any) -> Array:
+    """A ``jax.random.key``, of a whole number as its seed; ValueError for anything else."""
+    key = jax.random.key(key) if isinstance(key, int) else key
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key is {key!r}; a jax.random.key is accepted, or a whole number")
+    return key
 
 
 def check_place(folder: Any, number: int, kept: int, found: int) -> None:

@@ -27,8 +27,10 @@ from ssm_nn.inference.last_layer import Categorical, DiagonalHead, Full, Gaussia
 from ssm_nn.inference.last_layer.split_conditioning import condition_in_parts
 from ssm_nn.inference.map_problem import MapProblem
 from ssm_nn.inference.mean_field import Batches, MeanFieldFilter, Window
+from ssm_nn.inference.perturbation import FixedRank, PerturbationFilter
 from ssm_nn.inference.sharding import checked_mesh, on_mesh
 from ssm_nn.models import RandomWalk
+from ssm_nn.models.multi_head import multi_head
 from ssm_nn.models.networks import mlp
 from ssm_nn.moments import Moments
 from ssm_nn.precision_low_rank import DiagonalPlusLowRank, compress
@@ -158,6 +160,28 @@ def mean_field(mesh):
     return found | {name: np.asarray(getattr(info, name)) for name in said}
 
 
+def perturbation(mesh):
+    """Three tasks of three classes; layers of 8 and 12 inputs, which four devices divide, and of 6, which they do not."""
+    made, rng = multi_head(mlp((8, 12, 6, 3), "tanh"), "layers.2.*"), np.random.default_rng(0)
+    # a fixed rank: chosen steps may be so long that training multiplies rounding
+    search = Minibatch(optax.sgd(0.05), epochs=5, batch_size=8)
+    engine = PerturbationFilter(made, minibatch=search, allocation=FixedRank(3), mesh=mesh)
+    tasks = []
+    for _ in range(3):
+        x = rng.normal(size=(48, 8))
+        tasks.append({"x": x, "y": np.argmax(x @ rng.normal(size=(8, 3)), axis=1)})
+    state, infos = engine.run(0, tasks)
+    found = {"growth": np.asarray(engine.storage(state).growth)}
+    for t, task in enumerate(tasks):
+        found |= {f"{t} {path}": np.asarray(leaf) for path, leaf in engine.weights(state, t)["net"].items()}
+        found[f"{t} prediction"] = engine.predict(state, task, t)["y"].log_density
+    if mesh is not None:
+        kernel = state.base["net"]["layers.0.kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // 4, kernel.sharding
+    assert all(sum(info.ranks.values()) for info in infos[1:]), infos
+    return found
+
+
 def last_layer(mesh):
     """All that a head does on a mesh, in each structure: D = 7, which four devices do not divide; batches of several parts."""
     found = {}
@@ -263,6 +287,8 @@ def main():
                 one, many = linear(np.dtype("float64"), Diagonal())
             elif part.startswith("mean-field"):
                 one, many = mean_field(None), mean_field(MESH)
+            elif part == "perturbation64":
+                one, many = perturbation(None), perturbation(MESH)
             elif part.startswith("last-layer"):
                 one, many = last_layer(None), last_layer(MESH)
             elif part.startswith("kronecker"):

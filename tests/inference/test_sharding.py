@@ -71,7 +71,7 @@ def test_eight_devices_give_the_numbers_of_one(quick, part):
 @pytest.mark.slow
 def test_more_filters_on_eight_devices_give_the_numbers_of_one(tmp_path):
     parts = ("low-rank32", "diagonal64", "network64", "kronecker32", "kronecker64", "mean-field32", "mean-field64")
-    parts += ("last-layer32", "last-layer64")
+    parts += ("last-layer32", "last-layer64", "perturbation64")
     found = on_eight_devices(tmp_path, *parts)
     for part in parts:
         check_equal(found, part)

@@ -355,6 +355,7 @@ def test_bad_input_is_named(learnt):
         (lambda: fitting.SitePrior(scales=0.0), "scales is 0"),
         (lambda: fitting.SitePrior(l1=-1.0), "l1 is -1"),
         (lambda: engine().run(0, []), "tasks is empty"),
+        (lambda: engine().run(0, None), "tasks is of type NoneType"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
