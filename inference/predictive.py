@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -131,6 +132,10 @@ def predict(
     Returns:
         A Prediction for each observed site, by name.
     """
+    if not isinstance(t, Integral):
+        raise ValueError(
+            f"t is {type(t).__name__}; the whole number of a task is accepted: predict(posterior, t, task)"
+        )
     if not -len(posterior.beliefs) <= t < len(posterior.beliefs):
         raise ValueError(f"t is {t}, but there are {len(posterior.beliefs)} tasks")
     return predict_from(posterior.program, posterior.hypers, posterior.beliefs[t], task, method=method, key=key)

@@ -71,7 +71,11 @@ class Smoothed:
 
     def _belief(self, t: int) -> Belief:
         belief, message = self.filtered.beliefs[t], self.messages[t]
-        precision = belief.precision if message is None else belief.precision.add(message)
+        if message is None:
+            return Belief(self.means[t], belief.precision, belief.mean)
+        precision = belief.precision.add(message)
+        if len(belief.mean.sharding.device_set) > 1:  # on a mesh: laid out as the filter's
+            precision = jax.tree.map(lambda new, like: jax.device_put(new, like.sharding), precision, belief.precision)
         return Belief(self.means[t], precision, belief.mean)
 
     def sample_path(self, key: Array) -> Array:

@@ -132,7 +132,8 @@ def filtered_and_smoothed(program, structure, tasks, mesh, estimator=None):
         spread = [belief.mean.sharding.spec for belief in (*filtered.beliefs, *posterior.beliefs)]
         assert all(spec == PartitionSpec("weights") for spec in spread), spread
         if isinstance(structure, Kronecker):
-            check_rows(filtered.beliefs[-1].precision)
+            for belief in (filtered.beliefs[-1], posterior.beliefs[0]):
+                check_rows(belief.precision)
         path = posterior.sample_path(jax.random.key(0))
         assert np.isfinite(path).all()
         assert np.isfinite(posterior.log_density(path))
