@@ -91,3 +91,18 @@ def test_only_evidences_that_it_computes_are_taken():
     assert {name: serves(engine, tasks) for name, (engine, tasks, _) in taken.items()} == {
         name: expected for name, (*_, expected) in taken.items()
     }
+
+
+def test_in_single_precision_sharp_data_are_left_to_precisions():
+    """Information of more than a thousand in units of the prior is lost to rounding where covariances are subtracted."""
+    tasks = ssm_nn.stack_tasks(tasks_of(0, num_tasks=2, size=2))
+    sharp = ssm_nn.stack_tasks([{"x": 1e3 * np.asarray(tasks.at(t)["x"]), "y": tasks.at(t)["y"]} for t in range(2)])
+    few = OutputSpace(LaplaceFilter(program, Dense(), hypers=HYPERS))
+    assert few.resolves(tasks)
+    assert not few.resolves(sharp)
+    seen = []
+    jax.jit(lambda stack: seen.append(few.resolves(stack)))(tasks)
+    assert seen == [False]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sharp)
+        assert few.resolves(wide)
