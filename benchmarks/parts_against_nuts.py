@@ -266,7 +266,7 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             line: dict[str, Any] = {"program": kind, "engine": name, "seeds": len(own)}
             for column in COLUMNS:
-                values = [float(row[column]) for row in own if row[column]]
+                values = [float(row[column]) for row in own if row[column] and np.isfinite(float(row[column]))]
                 line[column] = float(np.mean(values)) if values else np.nan
             away = np.array([float(row["elpd"]) - float(nuts[kind, row["seed"]]["elpd"]) for row in own])
             line |= {"loo_minus_nuts": float(away.mean()), "loo_at_most_away": float(np.abs(away).max())}

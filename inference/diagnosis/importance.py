@@ -232,7 +232,7 @@ def check_draws(num_samples: int) -> None:
 
 
 def pareto_weights(log_ratios: np.ndarray) -> ParetoWeights:
-    """PSIS of log ratios (S,); k-hat is infinite where one of them is not finite."""
+    """PSIS of log ratios (S,); k-hat is infinite where one of them is not finite, or one draw carries all the weight."""
     import arviz  # noqa: F401  registers azstats
     from xarray import DataArray
 
@@ -247,7 +247,9 @@ def pareto_weights(log_ratios: np.ndarray) -> ParetoWeights:
     smoothed, khat = centred.azstats.psislw(dim=["chain", "draw"])
     weights = np.asarray(smoothed)[0]
     normal = weights - np.asarray(logsumexp(weights))
-    return ParetoWeights(normal, float(khat), float(np.exp(-np.asarray(logsumexp(2 * normal)))))
+    # where all other weights of the tail are 0 beside one, it has no shape that could be fitted
+    shape = float(khat) if np.isfinite(khat) else float("inf")
+    return ParetoWeights(normal, shape, float(np.exp(-np.asarray(logsumexp(2 * normal)))))
 
 
 def _of_tasks(

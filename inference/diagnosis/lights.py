@@ -161,7 +161,7 @@ def precision_light(found: Rounding) -> Light:
 def khat_light(found: Importance, weights: int) -> Light:
     """Whether the belief over the weights is close to the program's posterior."""
     name = "Importance weights"
-    worst = float(np.nanmax(found.task_khat)) if np.isfinite(found.task_khat).any() else np.nan
+    worst = np.nan if np.isnan(found.task_khat).all() else float(np.nanmax(found.task_khat))
     bad = [t for t, khat in enumerate(found.task_khat) if khat > LARGEST_KHAT]
     if not np.isfinite(found.log_ratios).all():
         return Light(name, Colour.RED, found.message, "See the lights of rounding and of the MAP search.")

@@ -22,6 +22,7 @@ from numpyro.primitives import Messenger
 
 from ssm_nn.extraction import Program
 from ssm_nn.inference.checks import check_task
+from ssm_nn.inference.diagnosis.output_space import OutputSpace
 from ssm_nn.inference.diagnosis.traced_filter import TracedFilter
 from ssm_nn.inference.laplace import LaplaceFilter
 from ssm_nn.markov_path import MarkovPath
@@ -40,7 +41,8 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
     the precision. For networks Z is Laplace's approximation, task by task.
 
     A derivative costs O(P T K^2) a task where all T tasks together have no more outputs T K than the P weights, by ``Dense`` or
-    a ``LowRank`` that cuts nothing off and Gauss-Newton searches; O(P^3) by ``Dense`` otherwise.
+    a ``LowRank`` that cuts nothing off and Gauss-Newton searches; O(P^3) by ``Dense`` otherwise. In float32 that way is taken
+    only where the data are not much sharper than the prior at the engine's ``hypers``; for networks take float64.
 
     ``MCMC(NUTS(marginalize(program, engine)), ...).run(key, tasks)`` samples h alone; ``condition`` fixes some of them. Beside
     them stand the deterministic sites ``log_evidence`` and ``unconverged_tasks``: draws where the latter is not 0 have an
@@ -49,7 +51,7 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
 
     Args:
         program: the NumPyro program.
-        engine: a filter of this very program; its ``hypers`` are not read.
+        engine: a filter of this very program; its ``hypers`` say nothing of the posterior.
         key: of the filter's own random choices, the same at every h.
 
     Returns:
@@ -63,7 +65,7 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
         one, other = _name(engine.program), _name(program)
         twin = " of the same name, which is another function" if one == other else ""
         raise ValueError(f"engine was made for the program {one}, not for {other}{twin}; build it on the same function")
-    evidence = jax.jit(evidence_of.__call__)
+    by_outputs, by_weights = (jax.jit(made.__call__) for made in (evidence_of, TracedFilter(engine, by_outputs=False)))
 
     def strong(value: Any) -> Array:  # a Python number is weakly typed, and would be compiled for once more
         return jnp.asarray(value, jnp.result_type(value))
@@ -82,6 +84,7 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
             if site["type"] == "sample" and not isinstance(site["fn"], dist.Unit)  # a factor
         }
         with handlers.block():
+            evidence = by_outputs if _resolves(engine, stack, hypers) else by_weights
             found = evidence(hypers, stack, seed)
         numpyro.deterministic("log_evidence", found.log_evidence)
         numpyro.deterministic("unconverged_tasks", found.unconverged)
@@ -118,6 +121,13 @@ def _check_data(stack: Tasks) -> None:
     on_host = jax.tree.map(np.asarray, stack)  # inside a trace, a slice of a device array would be traced
     for t in range(len(stack)):
         check_task(on_host.at(t))
+
+
+def _resolves(engine: LaplaceFilter, stack: Tasks, hypers: Mapping[str, Any]) -> bool:
+    if set(hypers) - set(engine.hypers):  # nothing is known of where the tasks lie
+        return jax.dtypes.canonicalize_dtype(float) == np.float64
+    with jax.ensure_compile_time_eval():
+        return OutputSpace(engine).resolves(stack)
 
 
 def _name(program: Any) -> str:

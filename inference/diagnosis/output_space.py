@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ssm_nn.extraction import StateSpace, extract
 from ssm_nn.inference.automatic import AutomaticEstimator
@@ -41,6 +42,9 @@ Array = Any
 _HALVINGS = 12  # as GaussNewton
 # of the tolerance, for a decrease that is expected by the curvature of the last step: that of this one may be smaller
 _LAST_CURVATURE = 1e-2
+# roundings of a task's information, in units of its noise, above which differences of covariances are wrong: on networks
+# whose outputs a prior spreads a hundred times as far as the noise, no search converges in float32
+_RESOLVED = 1e-4
 
 
 class Covariance(NamedTuple):
@@ -109,6 +113,26 @@ class OutputSpace:
         turned = space.moments.permutation
         by_steps = isinstance(self._estimator(space.prior_mean, task, hypers), GaussNewton)
         return outputs <= kept and by_steps and (turned is None or turned.is_permutation)
+
+    def resolves(self, tasks: Tasks) -> bool:
+        """Whether rounding leaves enough of a covariance that the tasks have narrowed; at the engine's own hyper-parameters.
+
+        In float64 always; else where ``eps trace(V^T diag(v) V)`` is small for every task, V at the network's own weights.
+        Of traced tasks nothing is known.
+        """
+        space = extract(self.engine.program, counted_copies(tasks.at(0)), self.engine.hypers)
+        epsilon = float(jnp.finfo(space.prior_mean.dtype).eps)
+        if epsilon < jnp.finfo(jnp.float32).eps:
+            return True
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tasks)):
+            return False
+
+        def spread(task: Task) -> Array:
+            here = extract(self.engine.program, task, self.engine.hypers)
+            return jnp.sum(jnp.square(self._columns(here, here.initial, task)) * here.prior_variance[:, None])
+
+        largest = max(float(spread(counted_copies(tasks.at(t)))) for t in range(len(tasks)))
+        return epsilon * largest <= _RESOLVED
 
     def _estimator(self, mean: Array, task: Task, hypers: Any) -> Any:
         estimator, problem = self.engine.estimator, MapProblem(mean, None, task, hypers, jnp.ones((), mean.dtype))

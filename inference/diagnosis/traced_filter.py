@@ -50,19 +50,22 @@ class TracedFilter:
     Args:
         engine: a LaplaceFilter whose curvature is ``ExactCurvature`` and whose estimator is ``GaussNewton``, ``Lbfgs`` or
             the automatic one.
+        by_outputs: whether covariances of outputs may be used; ``OutputSpace.resolves`` says of given tasks whether they
+            are precise enough.
 
     Raises:
         ValueError: for another engine, curvature or estimator.
     """
 
-    def __init__(self, engine: LaplaceFilter):
+    def __init__(self, engine: LaplaceFilter, *, by_outputs: bool = True):
         if not isinstance(engine, LaplaceFilter):
             raise ValueError(f"engine is {type(engine).__name__}; a LaplaceFilter is accepted")
         if not isinstance(engine.curvature, ExactCurvature):
             raise ValueError(f"engine has the curvature {engine.curvature!r}; ExactCurvature() has a derivative")
         if not isinstance(engine.estimator, AutomaticEstimator):
             _check_estimator(engine.estimator)
-        self.engine, self._pieces, self._few = engine, TaskEvidence(engine), OutputSpace(engine)
+        self.engine, self._pieces = engine, TaskEvidence(engine)
+        self._few = OutputSpace(engine) if by_outputs else None
 
     def __call__(self, hypers: Any, tasks: Tasks, key: Array) -> Evidence:
         """At ``hypers``, every latent site of the program outside its weights.
@@ -75,7 +78,7 @@ class TracedFilter:
         engine = self.engine
         first = counted_copies(tasks.at(0))
         space = extract(engine.program, first, hypers)
-        if self._few.serves(space, first, len(tasks), hypers):
+        if self._few is not None and self._few.serves(space, first, len(tasks), hypers):
             values, unconverged = self._few(hypers, tasks, key)
             return Evidence(jnp.sum(values), jnp.sum(unconverged))
         before = Belief(space.prior_mean, self._pieces.structure.prior(space.prior_variance))

@@ -13,8 +13,9 @@ from numpyro.infer import MCMC, NUTS
 
 import ssm_nn
 from ssm_nn.inference import Dense, LaplaceFilter
-from ssm_nn.inference.diagnosis import importance_weights, path_moments, warm_start
+from ssm_nn.inference.diagnosis import Colour, Importance, importance_weights, path_moments, warm_start
 from ssm_nn.inference.diagnosis.importance import pareto_weights
+from ssm_nn.inference.diagnosis.lights import khat_light
 
 TASKS = tasks_of(0)
 
@@ -184,3 +185,15 @@ def test_a_network_has_larger_khat_than_its_linear_kin():
     assert len(found.task_khat) == 3
     assert np.nanmax(found.task_khat) > 0.5
     assert (found.task_ess < 200).all()
+
+
+def test_one_draw_that_carries_all_the_weight_has_an_infinite_khat(rng):
+    found = pareto_weights(1e4 * rng.normal(size=200))
+    assert found.khat == float("inf")
+    assert found.ess == pytest.approx(1.0)
+    # tasks without data have none; an infinite one is a red light
+    by_task = np.array([np.inf, np.nan])
+    judged = Importance(None, 0, np.zeros(200), found.log_weights, found.khat, found.ess, by_task, np.ones(2))
+    light = khat_light(judged, 3)
+    assert light.colour is Colour.RED
+    assert "k-hat is inf for task 0 (1 of 2 tasks" in light.finding

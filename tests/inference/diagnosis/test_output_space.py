@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from walking_classifier import quadrants, walking_classifier
 from walking_regression import P, evidence, program, tasks_of
@@ -13,6 +15,7 @@ from ssm_nn.inference import Dense, Diagonal, GaussNewton, Kronecker, LaplaceFil
 from ssm_nn.inference.batches import counted_copies
 from ssm_nn.inference.diagnosis.output_space import Covariance, OutputSpace, Spread
 from ssm_nn.inference.diagnosis.traced_filter import TracedFilter
+from ssm_nn.models import RandomWalk
 
 HYPERS = {"noise.first": 0.4, "noise.second": 0.05, "gain.first": 0.8, "gain.second": -0.5}
 
@@ -91,3 +94,37 @@ def test_only_evidences_that_it_computes_are_taken():
     assert {name: serves(engine, tasks) for name, (engine, tasks, _) in taken.items()} == {
         name: expected for name, (*_, expected) in taken.items()
     }
+
+
+def test_in_single_precision_sharp_data_are_left_to_precisions():
+    """Information of more than a thousand in units of the prior is lost to rounding where covariances are subtracted."""
+    tasks = ssm_nn.stack_tasks(tasks_of(0, num_tasks=2, size=2))
+    sharp = ssm_nn.stack_tasks([{"x": 1e3 * np.asarray(tasks.at(t)["x"]), "y": tasks.at(t)["y"]} for t in range(2)])
+    few = OutputSpace(LaplaceFilter(program, Dense(), hypers=HYPERS))
+    assert few.resolves(tasks)
+    assert not few.resolves(sharp)
+    seen = []
+    jax.jit(lambda stack: seen.append(few.resolves(stack)))(tasks)
+    assert seen == [False]
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sharp)
+        assert few.resolves(wide)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("start", "unconverged"), [((0.5, -0.5), 1), ((0.5, 0.5), 0)])
+def test_a_search_that_ends_at_a_saddle_is_counted(start, unconverged):
+    """y = a b: from weights of opposite signs the search falls to 0, where the objective falls on along a = b."""
+
+    def product(tasks):
+        network = (lambda w, x: x * w["a"] * w["b"], dict(zip("ab", map(jnp.asarray, start), strict=True)))
+        net = ssm_nn.weights(
+            "net", network, prior=dist.Normal(0.0, 1.0), transition=RandomWalk(0.1), num_tasks=len(tasks)
+        )
+        net.over(tasks, lambda f, task: numpyro.sample("y", dist.Normal(f(task["x"]), 0.5), obs=task["y"]))
+
+    listed = [{"x": np.ones(1), "y": np.ones(1)}]
+    engine = LaplaceFilter(product, Dense())
+    assert serves(engine, listed)
+    found = jax.jit(TracedFilter(engine))({}, ssm_nn.stack_tasks(listed), jax.random.key(0))
+    assert int(found.unconverged) == unconverged
