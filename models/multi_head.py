@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.core import Tracer
 
 from ssm_nn.models.transitions import OrnsteinUhlenbeck, Static
 from ssm_nn.networks import as_network
@@ -55,7 +55,7 @@ def multi_head(network: Any, head: str, prior_scale: float = 1.0) -> Program:
     if not isinstance(prior_scale, int | float | np.number) or not 0 < prior_scale < float("inf"):
         raise ValueError(f"prior_scale is {prior_scale!r}; a positive number is accepted")
     initial = as_network(network).initial
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in initial.values()):
+    if any(isinstance(leaf, Tracer) for leaf in initial.values()):
         raise ValueError(
             "network is made while a program is traced, where its weights are no numbers yet; make it, and the program by "
             "multi_head, once and outside. A head keeps its size: give it the most classes and each task's context 'classes'"
