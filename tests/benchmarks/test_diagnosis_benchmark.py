@@ -19,6 +19,7 @@ def test_rows_are_measured_once_and_shown(tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == ["marginalized", "full"]
     assert all(float(row["cpu_seconds_per_effective"]) > 0 for row in rows)
+    monkeypatch.setenv("COLUMNS", "200")  # twelve columns
     monkeypatch.setattr(diagnosis, "measured", lambda *_: pytest.fail("measured again"))
     diagnosis.main(["--weights", "4", *sizes])
     assert "integrated out" in capsys.readouterr().out
