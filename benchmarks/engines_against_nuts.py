@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ from ssm_nn.networks import as_network
 
 OUT = Path(__file__).parent / "results" / "diagnosis"
 VISITS, READINGS, NEW, WALK, LEVEL = 6, 20, 200, 0.25, 0.9
+WALKING = ssm_nn.ByPath({"layers.0.*": Static(), "layers.1.*": RandomWalk(WALK)})
 ENGINES: Mapping[str, Any] = {
     "dense": Dense(),
     "low rank 20": LowRank(20),
@@ -58,12 +59,7 @@ ENGINES: Mapping[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the seeds that are missing, and prints the table of all."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--draws", type=int, default=1000, help="of each chain, after as many of warm-up")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    parsed = parsed_of(__doc__ or "", arguments)
     file = parsed.out / "engines.csv"
     rows = read_csv(file)
     for seed in track(parsed.seeds, "seeds", console=Console(stderr=True)):
@@ -75,11 +71,21 @@ def main(arguments: list[str] | None = None) -> None:
     Console().print(shown(lines))
 
 
-def program_of(network: Any) -> Callable[[Any], None]:
-    """The output layer walks; the hidden one stands still."""
+def parsed_of(words: str, arguments: list[str] | None) -> argparse.Namespace:
+    """Seeds, draws and folder of results, which is made; ``words`` open with what the command does."""
+    parser = argparse.ArgumentParser(description=words.split("\n", 1)[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--draws", type=int, default=1000, help="of each chain, after as many of warm-up")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parsed = parser.parse_args(arguments)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    return parsed
+
+
+def program_of(network: Any, kernel: Any = WALKING) -> Callable[[Any], None]:
+    """Readings of the network with normal noise; by default the output layer walks, and the hidden one stands still."""
 
     def program(tasks: Any) -> None:
-        kernel = ssm_nn.ByPath({"layers.0.*": Static(), "layers.1.*": RandomWalk(WALK)})
         net = ssm_nn.weights("net", network, prior=dist.Normal(0.0, 1.0), transition=kernel, num_tasks=len(tasks))
 
         def observe(f: Any, task: Any) -> None:
@@ -91,28 +97,37 @@ def program_of(network: Any) -> Callable[[Any], None]:
     return program
 
 
+class Reference(NamedTuple):
+    """NUTS on a program: its draws by site, its functions (S, T, N) at the new inputs, and the columns of its row."""
+
+    samples: dict[str, np.ndarray]
+    functions: np.ndarray
+    row: dict[str, Any]
+
+
+def by_nuts(program: Any, network: Any, visits: list[Any], new: list[Any], seed: int, num_draws: int) -> Reference:
+    """Two chains, each of ``num_draws`` after as many of warm-up."""
+    began = time.perf_counter()
+    sampler = NUTS(program, target_accept_prob=0.9)
+    chains = {"num_chains": 2, "chain_method": "vectorized", "progress_bar": False}
+    mcmc = MCMC(sampler, num_warmup=num_draws, num_samples=num_draws, **chains)
+    mcmc.run(jax.random.key(seed), ssm_nn.stack_tasks(visits))
+    samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
+    seconds = time.perf_counter() - began
+    functions = outputs_of(network, samples, new)
+    row = {"engine": "NUTS", "khat": "", "task_khat": "", "distance": 0.0, "seconds": seconds}
+    row["covered"] = covered(functions.mean(0), functions.var(0) + NOISE**2, new)
+    row["r_hat"] = float(np.max(gelman_rubin(functions.reshape(2, -1, *functions.shape[1:]))))
+    return Reference(samples, functions, row)
+
+
 def one_seed(seed: int, num_draws: int) -> list[dict[str, Any]]:
     """NUTS, and a row an engine."""
     network = mlp((1, 6, 1), "tanh", seed=seed)
     program = program_of(network)
     visits, new = visits_of(seed, VISITS, READINGS, NEW)
-    began = time.perf_counter()
-    mcmc = MCMC(
-        NUTS(program, target_accept_prob=0.9),
-        num_warmup=num_draws,
-        num_samples=num_draws,
-        num_chains=2,
-        chain_method="vectorized",
-        progress_bar=False,
-    )
-    mcmc.run(jax.random.key(seed), ssm_nn.stack_tasks(visits))
-    samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
-    seconds = time.perf_counter() - began
-    functions = outputs_of(network, samples, new)
-    row = {"seed": seed, "engine": "NUTS", "khat": "", "task_khat": "", "distance": 0.0, "seconds": seconds}
-    row["covered"] = covered(functions.mean(0), functions.var(0) + NOISE**2, new)
-    by_chain = functions.reshape(2, -1, *functions.shape[1:])
-    row["r_hat"] = float(np.max(gelman_rubin(by_chain)))
+    samples, _, row = by_nuts(program, network, visits, new, seed, num_draws)
+    row = {"seed": seed} | row
     rows = [row]
     for name, structure in ENGINES.items():
         began = time.perf_counter()
@@ -182,11 +197,11 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def shown(lines: list[dict[str, Any]]) -> Table:
+def shown(lines: list[dict[str, Any]], title: str = "engines against NUTS: means over seeds") -> Table:
     """The summary."""
-    table = Table(title="engines against NUTS: means over seeds")
+    table = Table(title=title)
     for column in lines[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column == "engine" else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column in ("program", "engine") else "right")
     for line in lines:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in line.values()))
     return table

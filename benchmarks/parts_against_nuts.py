@@ -13,28 +13,22 @@ have one too. Distance, coverage and LOO are those of ``engines_against_nuts.py`
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 import optax
 import xarray
 from csv_files import as_text, read_csv, write_csv
 from drifting_curve import NOISE, visits_of
-from engines_against_nuts import NEW, READINGS, VISITS, WALK, covered, outputs_of
-from numpyro.diagnostics import gelman_rubin
-from numpyro.infer import MCMC, NUTS
+from engines_against_nuts import NEW, READINGS, VISITS, WALK, by_nuts, covered, parsed_of, program_of, shown
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import ssm_nn
 from ssm_nn import Task
@@ -47,7 +41,6 @@ from ssm_nn.inference.perturbation import Evidence, PerturbationFilter, posterio
 from ssm_nn.models import OrnsteinUhlenbeck, RandomWalk, Static
 from ssm_nn.models.networks import mlp
 
-OUT = Path(__file__).parent / "results" / "diagnosis"
 DRAWS = 1000
 ENGINES: Mapping[str, str] = {"head": "last layer", "own": "low-rank perturbation"}
 COLUMNS = ("khat", "task_khat", "distance", "covered", "seconds")
@@ -65,12 +58,7 @@ class Judged(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the seeds that are missing, and prints the table of all."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--draws", type=int, default=1000, help="of each chain, after as many of warm-up")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parsed = parser.parse_args(arguments)
-    parsed.out.mkdir(parents=True, exist_ok=True)
+    parsed = parsed_of(__doc__ or "", arguments)
     file = parsed.out / "parts.csv"
     rows = read_csv(file)
     for seed in track(parsed.seeds, "seeds", console=Console(stderr=True)):
@@ -80,28 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
                 write_csv(file, rows)
     lines = summary_of(rows)
     write_csv(parsed.out / "parts-summary.csv", lines)
-    Console().print(shown(lines))
-
-
-def program_of(network: Any, kernel: Any) -> Callable[[Any], None]:
-    """Readings of the network with normal noise."""
-
-    def program(tasks: Any) -> None:
-        net = ssm_nn.weights("net", network, prior=dist.Normal(0.0, 1.0), transition=kernel, num_tasks=len(tasks))
-
-        def observe(f: Any, task: Any) -> None:
-            with numpyro.plate("readings", task["x"].shape[0]):
-                numpyro.sample("y", dist.Normal(f(task["x"])[:, 0], NOISE), obs=task.get("y"))
-
-        net.over(tasks, observe)
-
-    return program
+    Console().print(shown(lines, "engines of parts against NUTS: means over seeds"))
 
 
 def fixed_below(visits: list[Any], seed: int) -> tuple[Any, dict[str, Any]]:
     """The output layer of 1-6-1 alone, as ``(apply, params)``; the hidden layer is that of the dense filter's last mean."""
-    walking = ssm_nn.ByPath({"layers.0.*": Static(), "layers.1.*": RandomWalk(WALK)})
-    program = program_of(mlp((1, 6, 1), "tanh", seed=seed), walking)
+    program = program_of(mlp((1, 6, 1), "tanh", seed=seed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FilterWarning)
         filtered = LaplaceFilter(program, Dense()).run(seed, visits)
@@ -123,24 +95,9 @@ def one_seed(kind: str, seed: int, num_draws: int) -> list[dict[str, Any]]:
         network = mlp((1, 6, 1), "tanh", seed=seed)
         kernel = ssm_nn.ByPath({"layers.0.kernel": Static()}, otherwise=OrnsteinUhlenbeck(0.0))
     program = program_of(network, kernel)
-    began = time.perf_counter()
-    sampler = NUTS(program, target_accept_prob=0.9)
-    chains = {"num_chains": 2, "chain_method": "vectorized", "progress_bar": False}
-    mcmc = MCMC(sampler, num_warmup=num_draws, num_samples=num_draws, **chains)
-    mcmc.run(jax.random.key(seed), ssm_nn.stack_tasks(visits))
-    samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
-    seconds = time.perf_counter() - began
-    functions = outputs_of(network, samples, new)
+    samples, functions, nuts = by_nuts(program, network, visits, new, seed, num_draws)
     mean, sd = functions.mean(0), np.sqrt(functions.var(0) + NOISE**2)
-    nuts = {
-        "khat": "",
-        "task_khat": "",
-        "distance": 0.0,
-        "covered": covered(mean, sd**2, new),
-        "seconds": seconds,
-        "r_hat": float(np.max(gelman_rubin(functions.reshape(2, -1, *functions.shape[1:])))),
-    }
-    rows = [{"program": kind, "seed": seed, "engine": "NUTS"} | nuts]
+    rows = [{"program": kind, "seed": seed} | nuts]
     methods = {"dense": by_dense_filter, ENGINES[kind]: by_last_layer if kind == "head" else by_perturbation}
     for name, method in methods.items():
         began = time.perf_counter()
@@ -273,16 +230,6 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             worst = max(float(row["r_hat"]) for (where, _), row in nuts.items() if where == kind)
             lines.append(line | {"largest_r_hat": worst if name == "NUTS" else np.nan})
     return lines
-
-
-def shown(lines: list[dict[str, Any]]) -> Table:
-    """The summary."""
-    table = Table(title="engines of parts against NUTS: means over seeds")
-    for column in lines[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column in ("program", "engine") else "right")
-    for line in lines:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in line.values()))
-    return table
 
 
 if __name__ == "__main__":

@@ -69,10 +69,6 @@ class LayerPlace(NamedTuple):
         """(I, O) of the layer's leaves."""
         rows = kernel.transpose(*self.input_axes, self.output_axis).reshape(-1, self.num_outputs)
         rows = rows if bias is None else jnp.concatenate([rows, bias[None]])
-        return self.filled(rows, filling)
-
-    def filled(self, rows: Array, filling: Any = 0.0) -> Array:
-        """The rows of weights, and those of none behind them."""
         return jnp.pad(rows, ((0, self.filling), (0, 0)), constant_values=filling) if self.filling else rows
 
     def real(self, matrix: Array) -> Array:

@@ -291,11 +291,10 @@ def common_bases(
     """V_A and V_G of each layer: eigenvectors of summed partial traces, a basis that would diagonalise a sum that is a
     Kronecker product. Inputs may be given with or without the rows of no weight, which keep a basis of their own.
     """
-    sides = [
-        _normalised(sum(side[: layer.num_rows, : layer.num_rows] if k == 0 else side for side in given))
-        for layer, pairs in zip(layers, traces, strict=True)
-        for k, given in enumerate(zip(*pairs, strict=True))
-    ]
+    sides = []
+    for layer, pairs in zip(layers, traces, strict=True):
+        n = layer.num_rows
+        sides += [_normalised(sum(inputs[:n, :n] for inputs, _ in pairs)), _normalised(sum(o for _, o in pairs))]
     found = iter(eigenvectors_of_each(sides))
     return [(_with_own(next(found), layer.filling), next(found)) for layer in layers]
 
