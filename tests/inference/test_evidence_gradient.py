@@ -299,5 +299,5 @@ def test_on_rotated_digits_the_gradient_reaches_the_best_of_a_grid(seed):
                 here = filter_.with_hypers({"noise.first": first, "noise.last": last})
                 grid[first, last] = here.run(seed, tasks).log_evidence
         found = maximise_evidence(filter_, tasks, list(start), optimizer=optax.adam(0.5), steps=20, key=seed)
-    # each run ends in modes of its own, and another rounding (one thread or two) in others, up to 4 of 18 nats lower
-    assert found.log_evidence >= max(grid.values()) - 5, (found.history, grid)
+    # each run ends in modes of its own, some hundredths of a nat apart
+    assert found.log_evidence >= max(grid.values()) - 0.05, (found.history, grid)
