@@ -16,7 +16,7 @@ from ssm_nn.inference.perturbation.baselines import ElasticHeads, FineTuned, Hea
 from ssm_nn.inference.perturbation.directions import PlainSVD, Whitened
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
 from ssm_nn.inference.perturbation.fitting import SitePrior
-from ssm_nn.inference.perturbation.graphs import Chain
+from ssm_nn.inference.perturbation.graphs import Chain, InitialStar
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
 from ssm_nn.inference.perturbation.published import CIFAR100
 from ssm_nn.models.cifar100 import SPLIT_ORDERS, SUPERCLASS_ORDERS, cifar100_split, cifar100_superclasses, own_heads
@@ -85,8 +85,8 @@ class Scenario:
     spread: float = 4.0
     num_orders: int = 1
     methods: tuple[str, ...] = (
-        "perturbation", "whole", "paper", "paper-all", "evidence", "fixed", "chain", "single", "fine-tuning", "l2", "ewc",
-        "packed", "joint",
+        "perturbation", "whole", "paper", "paper-all", "evidence", "fixed", "chain", "initial", "single", "fine-tuning",
+        "l2", "ewc", "packed", "joint",
     )  # fmt: skip
     elastic: float = 100.0
     first: int | None = None
@@ -183,7 +183,7 @@ SCENARIOS = {
             _lenet,
             Budget(12, 2, 5, 5),  # the paper's epochs
             rates=LENET_RATES,
-            methods=("perturbation", "paper", "single"),
+            methods=("initial", "perturbation", "paper", "single"),
         ),
         Scenario(
             "omniglot-rotation",
@@ -280,6 +280,7 @@ def learner(method: str, scenario: Scenario, stream: TaskStream, seed: int) -> A
         "paper-all": {"allocation": PaperShare(0.9), "growth": growth, "pruning": AllTasks()},
         "evidence": {**thinned, "allocation": Evidence()},
         "fixed": {"allocation": FixedRank(3), "growth": growth},
+        "initial": {**thinned, "allocation": ExactQuadratic(), "graph": InitialStar()},
         "chain": {**thinned, "allocation": ExactQuadratic(), "graph": Chain()},
     }
     whole = budget.tune + budget.refit

@@ -8,6 +8,8 @@ h are the latent sites of the program outside its weights: kernel scales, noises
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -22,9 +24,12 @@ from numpyro.primitives import Messenger
 
 from ssm_nn.extraction import Program
 from ssm_nn.inference.checks import check_task
+from ssm_nn.inference.diagnosis.kernel_evidence import kernel_evidence
+from ssm_nn.inference.diagnosis.linear_outputs import LinearTasks, linear_tasks
 from ssm_nn.inference.diagnosis.output_space import OutputSpace
-from ssm_nn.inference.diagnosis.traced_filter import TracedFilter
+from ssm_nn.inference.diagnosis.traced_filter import Evidence, TracedFilter
 from ssm_nn.inference.laplace import LaplaceFilter
+from ssm_nn.inference.structures import Dense, LowRank
 from ssm_nn.markov_path import MarkovPath
 from ssm_nn.program import TaskBody
 from ssm_nn.tasks import Task, Tasks, stack_tasks
@@ -40,9 +45,10 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
     Exact where the filter is: programs that are linear in their weights with Gaussian likelihoods, and a structure that holds
     the precision. For networks Z is Laplace's approximation, task by task.
 
-    A derivative costs O(P T K^2) a task where all T tasks together have no more outputs T K than the P weights, by ``Dense`` or
-    a ``LowRank`` that cuts nothing off and Gauss-Newton searches; O(P^3) by ``Dense`` otherwise. In float32 that way is taken
-    only where the data are not much sharper than the prior at the engine's ``hypers``; for networks take float64.
+    A derivative costs O((T K)^3) for all T tasks where a program is linear in its weights, its likelihood normal and the T K
+    outputs no more than the P weights (or 200), by ``Dense`` or a ``LowRank`` that cuts nothing off; O(P T K^2) a task for
+    other programs whose outputs are as few, by Gauss-Newton searches, in float32 only where the data are not much sharper
+    than the prior at the engine's ``hypers``; O(P^3) a task by ``Dense`` otherwise. For networks take float64.
 
     ``MCMC(NUTS(marginalize(program, engine)), ...).run(key, tasks)`` samples h alone; ``condition`` fixes some of them. Beside
     them stand the deterministic sites ``log_evidence`` and ``unconverged_tasks``: draws where the latter is not 0 have an
@@ -67,6 +73,8 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
         raise ValueError(f"engine was made for the program {one}, not for {other}{twin}; build it on the same function")
     by_outputs, by_weights = (jax.jit(made.__call__) for made in (evidence_of, TracedFilter(engine, by_outputs=False)))
 
+    by_kernel = jax.jit(partial(kernel_evidence, program, power=engine.power))
+
     def strong(value: Any) -> Array:  # a Python number is weakly typed, and would be compiled for once more
         return jnp.asarray(value, jnp.result_type(value))
 
@@ -84,8 +92,12 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
             if site["type"] == "sample" and not isinstance(site["fn"], dist.Unit)  # a factor
         }
         with handlers.block():
-            evidence = by_outputs if _resolves(engine, stack, hypers) else by_weights
-            found = evidence(hypers, stack, seed)
+            linear = _linear(engine, stack, hypers)
+            if linear is not None:
+                found = Evidence(by_kernel(linear, hypers), jnp.zeros((), int))
+            else:
+                evidence = by_outputs if _resolves(engine, stack, hypers) else by_weights
+                found = evidence(hypers, stack, seed)
         numpyro.deterministic("log_evidence", found.log_evidence)
         numpyro.deterministic("unconverged_tasks", found.unconverged)
         finite = jnp.isfinite(found.log_evidence)
@@ -121,6 +133,19 @@ def _check_data(stack: Tasks) -> None:
     on_host = jax.tree.map(np.asarray, stack)  # inside a trace, a slice of a device array would be traced
     for t in range(len(stack)):
         check_task(on_host.at(t))
+
+
+def _linear(engine: LaplaceFilter, stack: Tasks, hypers: Mapping[str, Any]) -> LinearTasks | None:
+    """The tasks by their Gram matrices, where the evidence is then the engine's own and not dearer."""
+    structure = engine.structure
+    if not isinstance(structure, Dense | LowRank):
+        return None
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(stack))
+    with nullcontext() if traced else jax.ensure_compile_time_eval():
+        made = linear_tasks(engine.program, stack, hypers)
+    if made is None or (isinstance(structure, LowRank) and structure.rank < min(made.num_elements, made.num_weights)):
+        return None
+    return made
 
 
 def _resolves(engine: LaplaceFilter, stack: Tasks, hypers: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from ssm_nn.inference.perturbation.baselines import ElasticHeads, FineTuned, Hea
 from ssm_nn.inference.perturbation.directions import PlainSVD, Whitened
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
 from ssm_nn.inference.perturbation.fitting import SitePrior
-from ssm_nn.inference.perturbation.graphs import Chain, Star, UncertainBase
+from ssm_nn.inference.perturbation.graphs import Chain, InitialStar, Star, UncertainBase
 from ssm_nn.inference.perturbation.joint import train_jointly
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
 from ssm_nn.inference.perturbation.published import CIFAR100, FIVE_DATASETS, PERMUTED_MNIST, TINY_IMAGENET, Published
@@ -26,6 +26,7 @@ __all__ = [
     "FixedRank",
     "Growth",
     "HeadTraining",
+    "InitialStar",
     "L2ToBase",
     "OwnTask",
     "Packed",

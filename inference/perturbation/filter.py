@@ -164,9 +164,8 @@ class PerturbationFilter:
     def _proposed(self, state: PerturbationState, task: Task) -> Proposal:
         reading = self._known()
         budget, watch = self._spending.budget(self._spending.room(reading, state)), Watch()
-        reference = self.graph.reference(reading.blocks, state)
-        origin = state.records[0 if reference is state.base else -1]
-        start = joined(reference, origin.own, reading.head(reading.initial))
+        reference, own = cut(self.program, self.graph.start(reading, state))
+        start = joined(reference, own, reading.head(reading.initial))
         settings = replace(self.minibatch, epochs=self.warm_up_epochs, patience=None)
         key = jax.random.fold_in(state.key, 1)
         around = self.hypers, reading.prior
@@ -272,8 +271,7 @@ class PerturbationFilter:
             ValueError: for a task that was never learnt.
         """
         record = state.record(identity)
-        blocks = self._known().blocks
-        return joined(self.graph.kernels(blocks, state, state.records.index(record)), record.own)
+        return joined(self.graph.kernels(self._known(), state, state.records.index(record)), record.own)
 
     def posterior(self, state: PerturbationState, task: Task | Mapping[str, Any], key: Array | int = 0) -> Belief:
         """Laplace's belief over all weights, which varies in the task's own parameters alone.
@@ -287,13 +285,14 @@ class PerturbationFilter:
         record = state.record(self._identity(task, state.step))
         index = state.records.index(record)
         kind = self._kind(reading) if record.factors else replace(self._kind(reading), blocks=())
-        reference = self.graph.reference(reading.blocks, state._replace(records=state.records[: max(index, 1)]))
+        begun = state._replace(records=state.records[: max(index, 1)])
+        kernels = self.graph.start(reading, begun).kernels if record.factors else state.base
         own = OwnParameters(
             jax.tree.map(jnp.asarray, record.own),
             tuple(f.padded(b.cap) for b, f in zip(kind.blocks, record.factors, strict=True)),
             {},
         )
-        around = Surroundings(self.hypers, reference, reading.prior)
+        around = Surroundings(self.hypers, kernels, reading.prior)
         theta = reading.layout.packed(self.weights(state, record.identity))
         return own_belief(kind, own, around, task, theta, key_of(key), self.curvature_examples)
 

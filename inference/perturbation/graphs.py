@@ -3,24 +3,37 @@
     Star            W_t = W(W_0, z_t)                    the paper's: tasks know of each other through W_0 alone
     Chain           W_t = W(W_{t-1}, z_t)                a task starts from the one before it
     UncertainBase   W_t = W(W_0, z_t), W_0 ~ N(m_t, P_t^-1)
+    InitialStar     W_t = W(W_init, z_t)                 W_init as the network was made: tasks know nothing of each other
 
-In the last one W_0 keeps a Laplace posterior with diagonal P. Each task refines it, P_{t+1} = P_t + diag of its Fisher
+In an uncertain base W_0 keeps a Laplace posterior with diagonal P. Each task refines it, P_{t+1} = P_t + diag of its Fisher
 information in W_0, and the mean moves with it; earlier tasks are read at the newest mean, with their own z as it was: the
 smoothed mean of a belief in which W_0 and z_t are independent.
+
+Where the first task's features serve no other one (permuted images under convolutions), trained weights are a worse start
+than untrained ones, and no perturbation of them makes up for it: Ash and Adams 2020, "On warm-starting neural network
+training" (arXiv 1910.08475).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from ssm_nn.inference.perturbation.blocks import Block, composed
+from ssm_nn.inference.perturbation.reading import Reading
 from ssm_nn.inference.perturbation.state import PerturbationState
 
-__all__ = ["Chain", "Graph", "Star", "UncertainBase"]
+__all__ = ["Chain", "Graph", "InitialStar", "Star", "Start", "UncertainBase"]
+
+
+class Start(NamedTuple):
+    """Where a task starts: ``kernels``, which it perturbs, and leaves of its ``own``; network -> path -> leaf."""
+
+    kernels: Any
+    own: Any
 
 
 class Graph(Protocol):
@@ -31,12 +44,12 @@ class Graph(Protocol):
         """Whether later tasks refine the base."""
         ...
 
-    def reference(self, blocks: Sequence[Block], state: PerturbationState) -> Any:
-        """The kernels that the next task perturbs, network -> path -> leaf."""
+    def start(self, reading: Reading, state: PerturbationState) -> Start:
+        """Of the next task."""
         ...
 
-    def kernels(self, blocks: Sequence[Block], state: PerturbationState, index: int) -> Any:
-        """The kernels of the task that came as number ``index``."""
+    def kernels(self, reading: Reading, state: PerturbationState, index: int) -> Any:
+        """The kernels of the task that came as number ``index``, network -> path -> leaf."""
         ...
 
 
@@ -46,14 +59,14 @@ class Star:
 
     base_moves = False
 
-    def reference(self, blocks: Sequence[Block], state: PerturbationState) -> Any:
-        """The base."""
-        del blocks
-        return state.base
+    def start(self, reading: Reading, state: PerturbationState) -> Start:
+        """The first task's weights."""
+        del reading
+        return Start(state.base, state.records[0].own)
 
-    def kernels(self, blocks: Sequence[Block], state: PerturbationState, index: int) -> Any:
+    def kernels(self, reading: Reading, state: PerturbationState, index: int) -> Any:
         """The base with the task's factors."""
-        return _perturbed(blocks, state.base, state, index)
+        return _perturbed(reading.blocks, state.base, state, index)
 
 
 @dataclass(frozen=True)
@@ -62,15 +75,15 @@ class Chain:
 
     base_moves = False
 
-    def reference(self, blocks: Sequence[Block], state: PerturbationState) -> Any:
-        """Those of the last task."""
-        return self.kernels(blocks, state, len(state.records) - 1)
+    def start(self, reading: Reading, state: PerturbationState) -> Start:
+        """The last task's weights."""
+        return Start(self.kernels(reading, state, len(state.records) - 1), state.records[-1].own)
 
-    def kernels(self, blocks: Sequence[Block], state: PerturbationState, index: int) -> Any:
+    def kernels(self, reading: Reading, state: PerturbationState, index: int) -> Any:
         """One perturbation after another."""
         kernels = state.base
         for t in range(1, index + 1):
-            kernels = _perturbed(blocks, kernels, state, t)
+            kernels = _perturbed(reading.blocks, kernels, state, t)
         return kernels
 
 
@@ -79,6 +92,22 @@ class UncertainBase(Star):
     """A star whose centre is learnt from all tasks: old tasks' outputs change, each within what was known of the base."""
 
     base_moves = True
+
+
+@dataclass(frozen=True)
+class InitialStar:
+    """Every task but the first perturbs the network's own kernels, which are the program's and count as no stored number."""
+
+    base_moves = False
+
+    def start(self, reading: Reading, state: PerturbationState) -> Start:
+        """The network's own weights."""
+        del state
+        return Start(reading.shared(reading.initial), reading.own(reading.initial))
+
+    def kernels(self, reading: Reading, state: PerturbationState, index: int) -> Any:
+        """The network's own with the task's factors; the first task's are stored."""
+        return _perturbed(reading.blocks, reading.shared(reading.initial) if index else state.base, state, index)
 
 
 def _perturbed(blocks: Sequence[Block], kernels: Any, state: PerturbationState, index: int) -> Any:

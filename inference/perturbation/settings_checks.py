@@ -15,7 +15,7 @@ __all__ = ["check_parts"]
 _OBJECTS = {
     "directions": ("split", "PlainSVD(), Whitened()"),
     "allocation": ("candidates", "PaperShare(), ExactQuadratic(), Evidence(), FixedRank(3)"),
-    "graph": ("reference", "Star(), Chain(), UncertainBase()"),
+    "graph": ("kernels", "Star(), Chain(), UncertainBase(), InitialStar()"),
     "pruning": ("prune", "OwnTask(), AllTasks()"),
 }
 _CLASSES = {

@@ -19,7 +19,7 @@ from ssm_nn.inference.perturbation.curvature import drop_quadratic, kernel_stati
 from ssm_nn.inference.perturbation.directions import PlainSVD
 from ssm_nn.inference.perturbation.factored import run_perturbed
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
-from ssm_nn.inference.perturbation.graphs import Chain, UncertainBase
+from ssm_nn.inference.perturbation.graphs import Chain, InitialStar, UncertainBase
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
 from ssm_nn.models.datasets import load
 from ssm_nn.models.multi_head import multi_head
@@ -293,6 +293,22 @@ def test_a_chain_starts_from_the_task_before_it(learnt):
         np.testing.assert_allclose(weights["net"][block.name[1]], kernels["net"][block.name[1]], rtol=1e-5, atol=1e-6)
     earlier = state._replace(records=own[:2])
     assert np.array_equal(probabilities(made, earlier, 1), probabilities(made, state, 1))
+
+
+def test_around_the_networks_own_kernels_a_task_does_not_depend_on_the_first():
+    made = engine(graph=InitialStar(), allocation=FixedRank(2))
+    states = [made.run(0, [first, TASKS[1]])[0] for first in (TASKS[0], TASKS[2])]
+    for one, two in zip(*(jax.tree.leaves(made.weights(state, 1)) for state in states), strict=True):
+        assert np.array_equal(one, two)
+    reading = made._known()
+    own = reading.shared(reading.initial)
+    for state, first in zip(states, (0, 2), strict=True):
+        learnt = made.weights(state, 1)
+        composed_ = composed(reading.blocks, own, state.records[1].factors)
+        for block in reading.blocks:
+            assert np.array_equal(made.weights(state, first)["net"][block.name[1]], state.base["net"][block.name[1]])
+            np.testing.assert_allclose(learnt["net"][block.name[1]], composed_["net"][block.name[1]], atol=1e-6)
+    assert np.array_equal(made.posterior(states[0], TASKS[0]).mean, reading.layout.packed(made.weights(states[0], 0)))
 
 
 @pytest.mark.slow
