@@ -12,22 +12,33 @@ the products Phi_tc Phi_uc^T hold no hyper-parameter (linear_outputs.py). Source
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import solve_triangular
 
 from ssm_nn.extraction import Program, extract, path_distributions
 from ssm_nn.inference.diagnosis.linear_outputs import LinearTasks, NormalElements, cell_shape, normal_elements
 from ssm_nn.markov_path import MarkovPath
 from ssm_nn.tasks import Task, Tasks
 
-__all__ = ["kernel_evidence"]
+__all__ = ["kernel_evidence", "kernel_resolves"]
 
 Array = Any
+
+_RESOLVED = 1e-4  # roundings of B, in units of its smallest eigenvalue, above which its determinant is wrong
+_SMALL = 50  # rows that are solved by substitution
+
+
+class _Standard(NamedTuple):
+    """B (T N, T N), x (T N,), and what the density of y has beside that of x."""
+
+    covariance: Array
+    distance: Array
+    heights: Array
 
 
 def kernel_evidence(program: Program, linear: LinearTasks, hypers: Mapping[str, Array], power: float = 1.0) -> Array:
@@ -39,6 +50,22 @@ def kernel_evidence(program: Program, linear: LinearTasks, hypers: Mapping[str, 
         hypers: every latent site outside the weights.
         power: of the likelihood.
     """
+    covariance, distance, heights = _standard(program, linear, hypers, power)
+    return _log_normal(covariance, distance) - heights
+
+
+def kernel_resolves(program: Program, linear: LinearTasks, hypers: Mapping[str, Array], power: float = 1.0) -> bool:
+    """Whether rounding leaves enough of B at these hyper-parameters; ``linear`` must not be traced.
+
+    In float64 always. In float32 not where noise is far below what the weights spread, and outputs are many for them.
+    """
+    covariance = _standard(program, linear, hypers, power).covariance
+    epsilon = float(jnp.finfo(covariance.dtype).eps)
+    single = epsilon >= float(jnp.finfo(jnp.float32).eps)
+    return not single or epsilon * float(jnp.linalg.cond(covariance)) <= _RESOLVED
+
+
+def _standard(program: Program, linear: LinearTasks, hypers: Mapping[str, Array], power: float) -> _Standard:
     tasks = linear.tasks
     paths = path_distributions(program, Tasks.tree_unflatten(None, (tasks.data, tasks.context, tasks.mask)), hypers)
     count = len(jax.tree.leaves(tasks)[0])
@@ -51,16 +78,16 @@ def kernel_evidence(program: Program, linear: LinearTasks, hypers: Mapping[str, 
 
     seen = NormalElements(*map(jnp.ravel, jax.vmap(read)(tasks, moved)))
     counts = power * seen.weight
-    precision_root = jnp.sqrt(counts) / seen.scale
+    root = jnp.sqrt(counts) / seen.scale
     kernel: Any = sum(_kernel(paths[name], count, gram) for name, gram in linear.grams.items())
-    wide = jnp.eye(len(counts), dtype=kernel.dtype) + precision_root[:, None] * kernel * precision_root
-    distance = precision_root * jnp.where(counts > 0, seen.value - seen.mean, 0.0)
-    return _log_normal(wide, distance) - 0.5 * jnp.sum(counts * jnp.log(2 * jnp.pi * jnp.square(seen.scale)))
+    covariance = jnp.eye(len(counts), dtype=kernel.dtype) + root[:, None] * kernel * root
+    distance = root * jnp.where(counts > 0, seen.value - seen.mean, 0.0)
+    return _Standard(covariance, distance, 0.5 * jnp.sum(counts * jnp.log(2 * jnp.pi * jnp.square(seen.scale))))
 
 
 def _centred(path: MarkovPath) -> bool:
     """Whether the mean is zero at all hyper-parameters."""
-    return all(not isinstance(m, Tracer) and not np.any(np.asarray(m)) for m in (path.loc, path.moments.shift))
+    return not any(isinstance(m, Tracer) or np.any(np.asarray(m)) for m in (path.loc, path.moments.shift))
 
 
 def _kernel(path: MarkovPath, count: int, gram: Array) -> Array:
@@ -88,19 +115,36 @@ def _by_task(moment: Array, path: MarkovPath, count: int, cells: tuple[int, ...]
 @jax.custom_vjp
 def _log_normal(covariance: Array, x: Array) -> Array:
     """``-1/2 log det B - 1/2 x^T B^-1 x``, whose derivative takes one inverse where Cholesky's own takes several products."""
-    return _log_normal_forward(covariance, x)[0]
+    root = jnp.linalg.cholesky(covariance, symmetrize_input=False)
+    return _value(root, solve_triangular(root, x, lower=True))
 
 
 def _log_normal_forward(covariance: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
     root = jnp.linalg.cholesky(covariance, symmetrize_input=False)
-    solved = cho_solve((root, True), x)
-    return -jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * x @ solved, (root, solved)
+    inverse = _inverse(root)
+    white = inverse @ x
+    return _value(root, white), (inverse, white)
 
 
 def _log_normal_back(rest: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
-    root, solved = rest
-    inverse = cho_solve((root, True), jnp.eye(len(root), dtype=root.dtype))
-    return 0.5 * change * (jnp.outer(solved, solved) - inverse), -change * solved
+    inverse, white = rest
+    solved = white @ inverse
+    return 0.5 * change * (jnp.outer(solved, solved) - inverse.T @ inverse), -change * solved
 
 
 _log_normal.defvjp(_log_normal_forward, _log_normal_back)
+
+
+def _value(root: Array, white: Array) -> Array:
+    return -jnp.sum(jnp.log(jnp.diagonal(root))) - 0.5 * white @ white
+
+
+def _inverse(root: Array) -> Array:
+    """Of a lower triangle, by halves: products are several times as fast as substitution."""
+    size = len(root)
+    if size <= _SMALL:
+        return solve_triangular(root, jnp.eye(size, dtype=root.dtype), lower=True)
+    half = size // 2
+    first, last = _inverse(root[:half, :half]), _inverse(root[half:, half:])
+    below = -last @ (root[half:, :half] @ first)
+    return jnp.block([[first, jnp.zeros((half, size - half), root.dtype)], [below, last]])

@@ -120,6 +120,7 @@ class _Means(NamedTuple):
     traced: ClosedJaxpr
     layout: Layout
     unread: list[Array]
+    change: jax.ShapeDtypeStruct
 
     @classmethod
     def of(cls, program: Program, tasks: Task, hypers: Mapping[str, Array]) -> _Means | None:
@@ -151,20 +152,20 @@ class _Means(NamedTuple):
 
         if holds(0) & {"theta", "hypers"} or holds(1) & {"theta", "change"}:
             return None
-        unread = [jnp.ones(jnp.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(arguments[1:3])]
-        return cls(traced, layouts[0], unread)
+        shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(arguments)]
+        unread = [jnp.ones_like(a) for a, part in zip(shapes, of, strict=True) if part in ("theta", "hypers")]
+        return cls(traced, layouts[0], unread, shapes[-1])
 
     @property
     def num_elements(self) -> int:
         """N."""
-        return self.traced.out_avals[0].shape[0]  # type: ignore[attr-defined]
+        return self.traced.out_avals[0].shape[0]  # pyright: ignore[reportAttributeAccessIssue]
 
     def design(self, task: Task) -> Array:
         """Phi (N, P) of one task."""
-        change = self.traced.in_avals[-1]
         run = jaxpr_as_fun(self.traced)
         along = lambda x: run(*jax.tree.leaves(task), *self.unread, x)[0]  # noqa: E731
-        return jax.jacrev(along)(jnp.zeros(change.shape, change.dtype))  # type: ignore[attr-defined]
+        return jax.jacrev(along)(jnp.zeros_like(self.change))
 
 
 def _grams(design: Array, cells: tuple[int, ...]) -> Array:

@@ -24,7 +24,7 @@ from numpyro.primitives import Messenger
 
 from ssm_nn.extraction import Program
 from ssm_nn.inference.checks import check_task
-from ssm_nn.inference.diagnosis.kernel_evidence import kernel_evidence
+from ssm_nn.inference.diagnosis.kernel_evidence import kernel_evidence, kernel_resolves
 from ssm_nn.inference.diagnosis.linear_outputs import LinearTasks, linear_tasks
 from ssm_nn.inference.diagnosis.output_space import OutputSpace
 from ssm_nn.inference.diagnosis.traced_filter import Evidence, TracedFilter
@@ -47,8 +47,8 @@ def marginalize(program: Program, engine: LaplaceFilter, *, key: Array | int = 0
 
     A derivative costs O((T K)^3) for all T tasks where a program is linear in its weights, its likelihood normal and the T K
     outputs no more than the P weights (or 200), by ``Dense`` or a ``LowRank`` that cuts nothing off; O(P T K^2) a task for
-    other programs whose outputs are as few, by Gauss-Newton searches, in float32 only where the data are not much sharper
-    than the prior at the engine's ``hypers``; O(P^3) a task by ``Dense`` otherwise. For networks take float64.
+    other programs whose outputs are as few, by Gauss-Newton searches; O(P^3) a task by ``Dense`` otherwise. In float32 the
+    first two ways are taken only where data are not too sharp for it at the engine's ``hypers``; for networks take float64.
 
     ``MCMC(NUTS(marginalize(program, engine)), ...).run(key, tasks)`` samples h alone; ``condition`` fixes some of them. Beside
     them stand the deterministic sites ``log_evidence`` and ``unconverged_tasks``: draws where the latter is not 0 have an
@@ -136,16 +136,18 @@ def _check_data(stack: Tasks) -> None:
 
 
 def _linear(engine: LaplaceFilter, stack: Tasks, hypers: Mapping[str, Any]) -> LinearTasks | None:
-    """The tasks by their Gram matrices, where the evidence is then the engine's own and not dearer."""
-    structure = engine.structure
-    if not isinstance(structure, Dense | LowRank):
-        return None
+    """The tasks by their Gram matrices, where the evidence is then the engine's own, not dearer, and precise enough."""
+    structure, double = engine.structure, jax.dtypes.canonicalize_dtype(float) == np.float64
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(stack))
+    unknown = traced or set(hypers) - set(engine.hypers)
+    if not isinstance(structure, Dense | LowRank) or (unknown and not double):
+        return None
     with nullcontext() if traced else jax.ensure_compile_time_eval():
         made = linear_tasks(engine.program, stack, hypers)
-    if made is None or (isinstance(structure, LowRank) and structure.rank < min(made.num_elements, made.num_weights)):
-        return None
-    return made
+        if made is None or not (unknown or kernel_resolves(engine.program, made, engine.hypers, engine.power)):
+            return None
+    few = min(made.num_elements, made.num_weights)
+    return made if isinstance(structure, Dense) or structure.rank >= few else None
 
 
 def _resolves(engine: LaplaceFilter, stack: Tasks, hypers: Mapping[str, Any]) -> bool:
