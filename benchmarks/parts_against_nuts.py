@@ -192,17 +192,13 @@ def _of_own(program: Any, belief: Any, task: Task, seed: int) -> float:
     known = belief.precision
     kind, around = known.kind, known.around
     task = Task(task.data, task.context, jnp.ones(task.num_examples, bool))
-    leaves, treedef = jax.tree.flatten(known.values)
-    free = [jnp.isfinite(leaf) for leaf in leaves]
 
     @jax.jit
     def ratio(key: Any) -> Any:
-        keys = jax.random.split(key, len(leaves))
-        normal = [jax.random.normal(k, v.shape, v.dtype) * ok for k, v, ok in zip(keys, leaves, free, strict=True)]
-        off = jax.tree.unflatten(treedef, [e / jnp.sqrt(v) for e, v in zip(normal, leaves, strict=True)])
-        z = jax.tree.map(jnp.add, known.own, off)
+        noise = known.own_noise(key)
+        z = jax.tree.map(jnp.add, known.own, known.own_shift(noise))
         log_target = kind.log_likelihood(extract(program, task, around.hypers), z, around, task)
-        return log_target - kind.penalty(z, around) + 0.5 * sum(jnp.sum(jnp.square(e)) for e in normal)
+        return log_target - kind.penalty(z, around) + 0.5 * jnp.sum(jnp.square(noise))
 
     return pareto_weights(np.asarray(jax.lax.map(ratio, jax.random.split(jax.random.key(seed), DRAWS)))).khat
 
