@@ -3,8 +3,9 @@
     d/d hypers  sum_t log Z_t      by reverse mode over the tasks, one compiled step each; the MAP of a task enters by the
                                    implicit function theorem (inference/differentiable.py)
 
-Exact for the evidence that the filter reports, up to the tolerance of its MAP search; all beliefs stay in memory for the way
-back, and of each task the columns of its curvature, P N C numbers.
+Exact for the evidence that the filter reports, up to the tolerance of its MAP search. All beliefs stay in memory for the way
+back; what else a task's derivative reads (the columns of its curvature, P N C numbers, and some twenty matrices of a dense
+belief's size) stays for as many tasks as fit in 1 GiB, and is made again for the others, without a search.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +35,8 @@ from ssm_nn.tasks import Task, Tasks, listed_tasks
 __all__ = ["EvidenceGradient", "EvidenceMaximum", "Slope", "maximise_evidence"]
 
 Array = Any
+
+_KEPT_BYTES = 2**30  # of pull-backs that wait for the way back
 
 
 class Slope(NamedTuple):
@@ -79,9 +83,10 @@ class EvidenceGradient:
         engine = self.engine.with_hypers(hypers)
         listed = listed_tasks(tasks)
         state = engine.init(key, listed[0])
-        total, pulls, unconverged = 0.0, [], []
+        total, pulls, unconverged, room = 0.0, [], [], _KEPT_BYTES
         for t, task in enumerate(listed):
             state, value, pull, at_minimum = self._forward(engine, state, task)
+            room -= pull.keep(room)
             total += value
             pulls.append(pull)
             if not at_minimum:
@@ -95,28 +100,60 @@ class EvidenceGradient:
 
     def _forward(
         self, engine: LaplaceFilter, state: FilterState, task: Task
-    ) -> tuple[FilterState, float, Callable[[Belief | None], tuple[Any, ...]], bool]:
+    ) -> tuple[FilterState, float, _PullBack, bool]:
         """One task as ``engine.update`` does it; how its belief's cotangent goes back through it; whether at a minimum."""
         task, pieces = without_masked(jax.tree.map(jnp.asarray, task)), self._evidence
         next_key, map_key, curvature_key = jax.random.split(state.key, 3)
         first = int(state.step) == 0
         free = (engine.hypers,) if first else (engine.hypers, Belief(state.mean, state.precision))
         if not task.data:
-            after, back = (pieces.prior if first else pieces.prediction)(free, task)
+            made = partial(pieces.prior if first else pieces.prediction, free, task)
+            after, back = made()
             moved = FilterState(state.step + 1, next_key, after.mean, after.precision)
-            return moved, 0.0, lambda bar: pieces.pull(back, _or_zeros(bar, after)), True
+            return moved, 0.0, _PullBack(pieces, after, (), made, back), True
         _, predicted, start = engine._advance(engine.hypers, state, task, map_key)
         task, power = with_mask(task), jnp.asarray(engine.power, state.mean.dtype)
         problem = MapProblem(predicted.mean, predicted.precision, task, engine.hypers, power)
         found = engine._estimate(problem, start, map_key)
         update = pieces.first if first else pieces.later
-        (after, value), back, saddle = update(free, task, found.shift, power, curvature_key)
+        made = partial(update, free, task, found.shift, power, curvature_key)
+        (after, value), back, saddle = made()
         moved = FilterState(state.step + 1, next_key, after.mean, after.precision)
-
-        def pull(bar: Belief | None) -> tuple[Any, ...]:
-            return pieces.pull(back, (_or_zeros(bar, after), jnp.ones_like(value)))
-
+        pull = _PullBack(pieces, after, (jnp.ones_like(value),), made, back)
         return moved, float(value), pull, found.status not in (NOT_CONVERGED, NOT_FINITE) and not bool(saddle)
+
+
+@dataclass
+class _PullBack:
+    """How the cotangent of a task's belief goes back through it.
+
+    Attributes:
+        pieces: whose step it is.
+        after: the belief.
+        of_value: the cotangent of the task's evidence, where it has one.
+        make: the step and its pull-back once more.
+        back: the pull-back; None where it is not kept.
+    """
+
+    pieces: TaskEvidence
+    after: Belief
+    of_value: tuple[Array, ...]
+    make: Callable[[], Any]
+    back: Any
+
+    def keep(self, room: int) -> int:
+        """Bytes that the pull-back takes of ``room``; it is dropped if they do not fit."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.back))
+        if size <= room:
+            return size
+        self.back = None
+        return 0
+
+    def __call__(self, bar: Belief | None) -> tuple[Any, ...]:
+        back = self.make()[1] if self.back is None else self.back
+        self.back = None  # each is used once
+        bar = _or_zeros(bar, self.after)
+        return self.pieces.pull(back, (bar, *self.of_value) if self.of_value else bar)
 
 
 def _or_zeros(cotangent: Belief | None, of: Belief) -> Belief:
