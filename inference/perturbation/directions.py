@@ -5,8 +5,9 @@
 
 ``PlainSVD`` takes the singular directions of D. ``Whitened`` takes those of A^1/2 D G^1/2, with A and G the Kronecker factors
 of the curvature: sigma_a^2 / 2 is then what dropping direction a costs, whichever others are dropped, as far as the
-curvature is A (x) G. V = D w and U = w^T with w an orthonormal basis of the outputs (or of the inputs, whichever is
-smaller): all directions together give D back to the last bits, also those that float32 sees only as noise.
+curvature is A (x) G. Only the smaller side has its eigenvectors taken. V = D w and U = w^T with w an orthonormal basis of
+that side (whitened: V = D G^1/2 w, U = w^T G^-1/2): all directions together give D back to the last bits, also those that
+float32 sees only as noise.
 """
 
 from __future__ import annotations
@@ -100,16 +101,28 @@ class Whitened:
     def split(self, block: Block, difference: Array, sides: Sides | None) -> tuple[Array, Array, Array]:
         """Of ``A^1/2 D G^1/2``, taken back by the inverse roots."""
         assert sides is not None
-        roots = [self._roots(side) for side in sides]
-        sigma, left, right = _split(roots[0][0] @ difference @ roots[1][0], block.cap)
-        return sigma, *_balanced(roots[0][1] @ left, right @ roots[1][1])
+        if block.num_inputs < block.num_outputs:
+            sigma, right, left = self._tall(difference.T, Sides(sides.outputs, sides.inputs), block.cap)
+            return sigma, *_balanced(left.T, right.T)
+        sigma, left, right = self._tall(difference, sides, block.cap)
+        return sigma, *_balanced(left, right)
 
-    def _roots(self, side: Array) -> tuple[Array, Array]:
-        """The symmetric root and its inverse."""
-        values, vectors = jnp.linalg.eigh(side)
-        level = jnp.maximum(jnp.mean(values), jnp.finfo(side.dtype).tiny)
-        root = jnp.sqrt(jnp.maximum(values, 0.0) + self.damping * level)
-        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+    def _tall(self, difference: Array, sides: Sides, count: int) -> tuple[Array, Array, Array]:
+        """With w the eigenvectors of ``G^1/2 D^T A D G^1/2``: ``V = D G^1/2 w`` and ``U = w^T G^-1/2``. A needs no root."""
+        wide = sides.inputs + self._level(sides.inputs) * jnp.eye(len(sides.inputs), dtype=difference.dtype)
+        values, vectors = jnp.linalg.eigh(sides.outputs)
+        roots = jnp.sqrt(jnp.maximum(values, 0.0) + self._level(sides.outputs))
+        moved = difference @ ((vectors * roots) @ vectors.T)
+        gram = moved.T @ (wide @ moved)
+        peak = jnp.max(jnp.abs(gram))
+        _, basis = jnp.linalg.eigh(gram / jnp.where(peak > 0, peak, 1.0))
+        basis = basis[:, ::-1][:, :count]
+        left = moved @ basis
+        sigma = jnp.sqrt(jnp.maximum(jnp.sum(left * (wide @ left), axis=0), 0.0))
+        return sigma, left, basis.T @ ((vectors / roots) @ vectors.T)
+
+    def _level(self, side: Array) -> Array:
+        return self.damping * jnp.maximum(jnp.mean(jnp.diagonal(side)), jnp.finfo(side.dtype).tiny)
 
 
 def _split(matrix: Array, count: int) -> tuple[Array, Array, Array]:

@@ -9,6 +9,7 @@ from ssm_nn.inference.perturbation.blocks import Block
 from ssm_nn.inference.perturbation.directions import PlainSVD, Sides, Whitened, least_squares_scales, residual
 
 DENSE = Block(("net", "k"), (7, 5), (0,), (), 1, 5)
+WIDE = Block(("net", "k"), (5, 7), (0,), (), 1, 5)
 CONVOLUTION = Block(("net", "k"), (3, 3, 4, 6), (2,), (0, 1), 3, 4)
 
 
@@ -65,10 +66,28 @@ def test_plain_directions_are_the_singular_value_decomposition(x64, rng):
     np.testing.assert_allclose(np.linalg.norm(left, axis=0), np.sqrt(s), rtol=1e-10)  # U = u sqrt(sigma)
 
 
-def test_whitened_increments_add_up_under_a_kronecker_curvature(x64, rng):
-    difference, sides = jnp.asarray(rng.normal(size=DENSE.shape)), sides_of(rng, DENSE)
+def root_of(side, damping):
+    values, vectors = np.linalg.eigh(np.asarray(side) + damping * np.mean(np.diag(side)) * np.eye(len(side)))
+    return (vectors * np.sqrt(values)) @ vectors.T
+
+
+@pytest.mark.parametrize("block", [DENSE, WIDE], ids=["tall", "wide"])
+def test_whitened_directions_are_singular_ones_in_the_metric(x64, rng, block):
+    difference, sides = jnp.asarray(rng.normal(size=block.shape)), sides_of(rng, block)
+    sigma, left, right = Whitened(1e-2).split(block, difference, sides)
+    before, after = root_of(sides.inputs, 1e-2), root_of(sides.outputs, 1e-2)
+    u, s, v = np.linalg.svd(before @ difference @ after, full_matrices=False)
+    np.testing.assert_allclose(sigma, s, rtol=1e-8)
+    for rank in range(6):
+        best = np.linalg.inv(before) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ np.linalg.inv(after)
+        np.testing.assert_allclose(left[:, :rank] @ right[:rank], best, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [DENSE, WIDE], ids=["tall", "wide"])
+def test_whitened_increments_add_up_under_a_kronecker_curvature(x64, rng, block):
+    difference, sides = jnp.asarray(rng.normal(size=block.shape)), sides_of(rng, block)
     damping = 1e-9
-    sigma, left, right = Whitened(damping).split(DENSE, difference, sides)
+    sigma, left, right = Whitened(damping).split(block, difference, sides)
 
     def loss(w):
         return 0.5 * np.trace(w.T @ sides.inputs @ w @ sides.outputs)
