@@ -1,6 +1,6 @@
 """Weights integrated out against NUTS on the full program: CPU time for an effective draw of the kernel's scale.
 
-    uv run python benchmarks/diagnosis.py [--program linear] [--weights 200 400 1000] [--examples 20] [--noise 0.3] [--draws 400]
+    uv run python benchmarks/diagnosis.py [--weights 200 400 1000] [--examples 20] [--noise 0.3] [--draws 400] ...
 
 linear: y ~ N(x . theta_t, noise^2), theta_t ~ N(theta_{t-1}, scale^2), the scale unknown. network: 1-H-1 with 3 H + 1 weights,
 its output layer walking, on readings of a curve whose height drifts. The full program is sampled by its innovations (full),

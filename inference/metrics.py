@@ -228,9 +228,12 @@ def order_disparity(performance: ArrayLike) -> OrderDisparity:
         performance: P, (R, T); the final performance on task t, by its natural number, when tasks came in order r.
 
     Raises:
-        ValueError: fewer than two orders, no task.
+        ValueError: fewer than two orders, no task, what is no number.
     """
-    p = np.asarray(performance, np.float64)
+    try:
+        p = np.asarray(performance, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"performance is {performance!r}; numbers (R, T), a row for each order, are needed") from error
     if p.ndim != 2 or p.shape[0] < 2 or p.shape[1] < 1:
         raise ValueError(f"performance has shape {p.shape}; (R, T) with at least two orders R is needed")
     per_task = p.max(axis=0) - p.min(axis=0)

@@ -50,7 +50,15 @@ from ssm_nn.inference.perturbation.reading import Reading, read_program
 from ssm_nn.inference.perturbation.settings_checks import check_parts
 from ssm_nn.inference.perturbation.spending import Spending, base_numbers
 from ssm_nn.inference.perturbation.state import PerturbationState, Storage, TaskRecord, UpdateInfo, record_numbers
-from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, key_of, ready, runnable
+from ssm_nn.inference.perturbation.task_checks import (
+    arrays_of,
+    check_place,
+    identity_of,
+    key_of,
+    ready,
+    runnable,
+    step_of,
+)
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
 from ssm_nn.inference.sharding import cut, everywhere, leafwise
 from ssm_nn.tasks import Task, Tasks, each_task
@@ -145,7 +153,7 @@ class PerturbationFilter:
             ValueError: for a task without data, one learnt before, data that are not finite or not in the support, a head of
                 another size, a growth limit that leaves less than rank 0.
         """
-        task = self._checked(state.step, task)
+        task = self._checked(step_of(state), task)
         identity = self._identity(task, state.step)
         if identity in (known := [record.identity for record in state.records]):
             raise ValueError(f"task identity {identity} was learnt before; identities so far are {known}")
@@ -159,7 +167,7 @@ class PerturbationFilter:
 
     def propose(self, state: PerturbationState, task: Task | Mapping[str, Any]) -> Proposal:
         """Warm-up, scales, directions and their scores, for a task after the first; ``state`` stays as it is."""
-        return self._proposed(state, self._checked(state.step, task))
+        return self._proposed(state, self._checked(step_of(state), task))
 
     def _proposed(self, state: PerturbationState, task: Task) -> Proposal:
         reading = self._known()
@@ -177,7 +185,7 @@ class PerturbationFilter:
 
     def choose(self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal) -> np.ndarray:
         """Gains (A,) of the proposal's directions by the allocation, 0 for those that are dropped."""
-        return chosen(self._recipe(), self._known(), proposal, self._checked(state.step, task))
+        return chosen(self._recipe(), self._known(), proposal, self._checked(step_of(state), task))
 
     def truncated_state(
         self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
@@ -193,7 +201,7 @@ class PerturbationFilter:
         self, state: PerturbationState, task: Task | Mapping[str, Any], proposal: Proposal, gains: np.ndarray
     ) -> tuple[PerturbationState, UpdateInfo]:
         """Fine-tune from the directions with ``gains`` (A,), or with those that booleans name; prune, and store the task."""
-        return self._finished(state, self._checked(state.step, task), proposal, gains)
+        return self._finished(state, self._checked(step_of(state), task), proposal, gains)
 
     def _finished(
         self, state: PerturbationState, task: Task, proposal: Proposal, gains: np.ndarray
@@ -270,6 +278,7 @@ class PerturbationFilter:
         Raises:
             ValueError: for a task that was never learnt.
         """
+        step_of(state)
         record = state.record(identity)
         return joined(self.graph.kernels(self._known(), state, state.records.index(record)), record.own)
 
@@ -281,7 +290,7 @@ class PerturbationFilter:
             task: its training data.
             key: of the random signs; a whole number is taken as a seed.
         """
-        task, reading = self._checked(state.step, task), self._known()
+        task, reading = self._checked(step_of(state), task), self._known()
         record = state.record(self._identity(task, state.step))
         index = state.records.index(record)
         kind = self._kind(reading) if record.factors else replace(self._kind(reading), blocks=())

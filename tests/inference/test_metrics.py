@@ -184,6 +184,7 @@ def test_bad_predictions_are_named(metric, p, y, message):
         (lambda: metrics.forgetting(np.zeros((0, 0))), r"matrix has shape \(0, 0\)"),
         (lambda: metrics.forward_transfer(MATRIX, [0.1]), r"baseline has shape \(1,\); one number for each of the 3"),
         (lambda: metrics.order_disparity([[0.1, 0.2]]), r"performance has shape \(1, 2\); \(R, T\)"),
+        (lambda: metrics.order_disparity("a"), "performance is 'a'; numbers"),
         (lambda: metrics.predictive_entropy([[0.5, 0.5]]), r"probabilities has shape \(1, 2\); \(S, N, K\)"),
         (lambda: metrics.predictive_entropy([[[0.5, 0.9]]]), r"probabilities\[0, 0\] is \[0.5, 0.9\]"),
     ],

@@ -343,6 +343,8 @@ def test_bad_input_is_named(learnt):
         (lambda: made.predict(states[4], STREAM.test[0], identity=9), "task identity 9 was never seen"),
         (lambda: made.predict(states[4], {"x": TASKS[0]["x"]}), "identity is None"),
         (lambda: made.update(states[4], TASKS[1]), "task identity 1 was learnt before"),
+        (lambda: made.update(None, TASKS[1]), "state is None; what init"),
+        (lambda: made.predict((), STREAM.test[0], identity=1), r"state is \(\); what init"),
         (lambda: made.update(states[4], None), "no data"),
         (lambda: made.update(states[4], Task({"x": TASKS[0]["x"], "y": TASKS[0]["y"] + 3}, {"task": 7})), "support"),
         (lambda: made.update(states[4], Task({"x": TASKS[0]["x"] * np.nan, "y": TASKS[0]["y"]})), "not finite"),
