@@ -54,20 +54,23 @@ class Cells:
 
     def finished(self, scenario: Scenario) -> list[dict[str, Any]]:
         """All finished cells with the scenario's present settings."""
+
+        def present(settings: dict[str, Any]) -> bool:
+            return settings == settings_of(scenario, settings["method"], settings["order"], settings["seed"])
+
         cells = [json.loads(path.read_text()) for path in sorted((self.folder / scenario.name).glob("*.json"))]
-        common = settings_of(scenario, "", 0, 0)["common"]
-        return [cell for cell in cells if cell["done"] and cell["settings"]["common"] == common]
+        return [cell for cell in cells if cell["done"] and present(cell["settings"])]
 
 
 def settings_of(scenario: Scenario, method: str, order: int, seed: int) -> dict[str, Any]:
     """All that a result depends on, but for the code."""
     common = {"batch_size": scenario.batch_size, "growth": scenario.growth, "prior_scale": PRIOR_SCALE}
     common |= {"cap": scenario.cap, "spread": scenario.spread, "rates": list(scenario.rates), "l1": L1}
-    common["elastic"] = scenario.elastic
     common["budget"] = asdict(scenario.budget)
     if scenario.first is not None:
         common["first"] = scenario.first
-    return {"scenario": scenario.name, "method": method, "order": order, "seed": seed, "common": common}
+    settings = {"scenario": scenario.name, "method": method, "order": order, "seed": seed, "common": common}
+    return settings | {"elastic": scenario.elastic} if method == "ewc" else settings
 
 
 def run_cell(cells: Cells, scenario: Scenario, method: str, order: int, seed: int, report: Report) -> dict[str, Any]:

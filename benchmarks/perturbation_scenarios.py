@@ -213,6 +213,7 @@ SCENARIOS = {
             growth=0.2,
             num_orders=5,
             methods=("perturbation", "fixed", "fine-tuning", "ewc", "packed", "single"),
+            elastic=1e7,  # the best of powers of ten from 1 to 1e9, on seed 100
         ),
         Scenario(
             "split-cifar10",
@@ -222,6 +223,7 @@ SCENARIOS = {
             rates=LENET_RATES,
             growth=0.2,
             num_orders=5,
+            elastic=1e7,
         ),
         Scenario(
             "cifar-schedule",  # the published one, for its time: where CIFAR-100 is not at hand
