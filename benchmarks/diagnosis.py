@@ -1,6 +1,6 @@
 """Weights integrated out against NUTS on the full program: CPU time for an effective draw of the kernel's scale.
 
-    uv run python benchmarks/diagnosis.py [--weights 200 400 1000] [--examples 20] [--noise 0.3] [--draws 400] ...
+    uv run python benchmarks/diagnosis.py [--weights 200 400 1000] [--examples 20] [--noise 0.3] [--draws 2000] ...
 
 linear: y ~ N(x . theta_t, noise^2), theta_t ~ N(theta_{t-1}, scale^2), the scale unknown. network: 1-H-1 with 3 H + 1 weights,
 its output layer walking, on readings of a curve whose height drifts. The full program is sampled by its innovations (full),
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of the likelihood")
     parser.add_argument("--methods", nargs="+", default=["marginalized", "full"], choices=METHODS)
-    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--warmup", type=int, default=200, help="2 at least")
     parser.add_argument("--out", type=Path, default=OUT)
     parsed = parser.parse_args(arguments)
