@@ -31,7 +31,7 @@ __all__ = ["LinearTasks", "NormalElements", "cell_shape", "linear_tasks", "norma
 Array = Any
 
 _FEW = 200  # outputs that are cheap, however few weights there are
-_MOST_NUMBERS = 2**26  # of all Gram matrices together
+_MOST_NUMBERS = 2**27  # of Phi, and of all Gram matrices together
 
 
 class LinearTasks(NamedTuple):
@@ -76,11 +76,11 @@ def linear_tasks(program: Program, stack: Tasks, hypers: Mapping[str, Array]) ->
     if any(path.moments.permutation is not None for path in paths.values()):
         return None
     means = _Means.of(program, tasks, hypers)
-    if means is None or len(stack) * means.num_elements > max(means.layout.size, _FEW):
+    if means is None:
         return None
-    cells = {name: cell_shape(path) for name, path in paths.items()}
-    kept = sum(int(np.prod(shape)) for shape in cells.values()) * (len(stack) * means.num_elements) ** 2
-    if kept > _MOST_NUMBERS:
+    elements, cells = len(stack) * means.num_elements, {name: cell_shape(path) for name, path in paths.items()}
+    widest = max(means.layout.size, sum(int(np.prod(shape)) for shape in cells.values()) * elements)
+    if elements > max(means.layout.size, _FEW) or elements * widest > _MOST_NUMBERS:
         return None
     rows = jax.lax.map(means.design, tasks).reshape(-1, means.layout.size)
     designs = means.layout.leaves(rows)
@@ -145,15 +145,15 @@ class _Means(NamedTuple):
             traced = jax.make_jaxpr(read)(*arguments)
         except NotNormal:
             return None
-        of = np.repeat(["task", "theta", "hypers", "change"], [len(jax.tree.leaves(part)) for part in arguments])
+        names = np.repeat(["task", "theta", "hypers", "change"], [len(jax.tree.leaves(part)) for part in arguments])
 
         def holds(output: int) -> set[str]:
-            return set(of[partial_eval.dce_jaxpr(traced.jaxpr, [i == output for i in range(2)])[1]])
+            return set(names[partial_eval.dce_jaxpr(traced.jaxpr, [i == output for i in range(2)])[1]])
 
         if holds(0) & {"theta", "hypers"} or holds(1) & {"theta", "change"}:
             return None
         shapes = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(arguments)]
-        unread = [jnp.ones_like(a) for a, part in zip(shapes, of, strict=True) if part in ("theta", "hypers")]
+        unread = [jnp.ones_like(a) for a, name in zip(shapes, names, strict=True) if name in ("theta", "hypers")]
         return cls(traced, layouts[0], unread, shapes[-1])
 
     @property

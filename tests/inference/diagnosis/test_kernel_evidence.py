@@ -13,7 +13,7 @@ from walking_regression import tasks_of
 import ssm_nn
 from ssm_nn import ByPath, Moments, PerTask
 from ssm_nn.inference import Dense, Diagonal, LaplaceFilter, LowRank
-from ssm_nn.inference.diagnosis import marginalize
+from ssm_nn.inference.diagnosis import linear_outputs, marginalize
 from ssm_nn.inference.diagnosis.kernel_evidence import kernel_evidence, kernel_resolves
 from ssm_nn.inference.diagnosis.linear_outputs import linear_tasks
 from ssm_nn.inference.diagnosis.traced_filter import TracedFilter
@@ -193,13 +193,17 @@ def test_the_form_is_read_off_the_trace(form, linear):
     assert (linear_tasks(form, stack, {"walk": 0.3}) is not None) == linear
 
 
-def test_weights_that_are_reordered_and_many_outputs_are_refused(rng):
+def test_weights_that_are_reordered_and_many_outputs_are_refused(rng, monkeypatch):
     orders = [[0, 1, 2], [2, 0, 1]]
     hypers = {"noise.first": 0.4, "noise.second": 0.05, "gain.first": 0.8, "gain.second": -0.5}
     assert linear_tasks(ordered, ssm_nn.stack_tasks(tasks_of(0, num_tasks=2)), hypers) is not None
     assert linear_tasks(ordered, ssm_nn.stack_tasks(tasks_of(0, num_tasks=2, orders=orders)), hypers) is None
     many = {"x": rng.normal(size=(201, 3)), "z": rng.normal(size=201)}
     assert linear_tasks(changed(), ssm_nn.stack_tasks([many]), {"walk": 0.3}) is None
+    stack = ssm_nn.stack_tasks([{name: array[:20] for name, array in many.items()}])
+    for most, made in ((20 * 20, True), (20 * 20 - 1, False)):
+        monkeypatch.setattr(linear_outputs, "_MOST_NUMBERS", most)
+        assert (linear_tasks(changed(), stack, {"walk": 0.3}) is not None) == made
 
 
 @pytest.mark.usefixtures("x64")
