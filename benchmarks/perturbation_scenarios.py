@@ -20,6 +20,7 @@ from ssm_nn.inference.perturbation.graphs import Chain, InitialStar
 from ssm_nn.inference.perturbation.pruning import AllTasks, Growth, OwnTask
 from ssm_nn.inference.perturbation.published import CIFAR100
 from ssm_nn.models.cifar100 import SPLIT_ORDERS, SUPERCLASS_ORDERS, cifar100_split, cifar100_superclasses, own_heads
+from ssm_nn.models.data_set_stream import FIVE, of_data_sets
 from ssm_nn.models.datasets import Dataset, load
 from ssm_nn.models.image_networks import lenet
 from ssm_nn.models.multi_head import multi_head
@@ -146,6 +147,15 @@ def _split_cifar(most: int | None, flatten: bool) -> Callable[[Budget, int, int]
     return stream
 
 
+def _data_sets(names: tuple[str, ...]) -> Callable[[Budget, int, int], TaskStream]:
+    def stream(budget: Budget, seed: int, order: int) -> TaskStream:
+        tests = None if budget.examples is None else 2000
+        sets = [_data(name) for name in names]
+        return of_data_sets(sets, _order(order, len(sets)), budget.examples, tests, seed)
+
+    return stream
+
+
 def _permuted_cifar(budget: Budget, seed: int, order: int) -> TaskStream:
     """As many images and classes as a task of CIFAR-100's split has."""
     num = budget.num_tasks or 10
@@ -225,6 +235,16 @@ SCENARIOS = {
             num_orders=5,
             elastic=1e7,
         ),
+        Scenario(
+            "data-sets",  # three of the five, CIFAR-10 by its JPEG copy
+            _data_sets(("mnist", "cifar10_jpeg", "fashion-mnist")),
+            _lenet,
+            Budget(12, 2, 5, 5),
+            rates=LENET_RATES,
+            num_orders=3,
+            elastic=1e7,
+        ),
+        Scenario("five-data-sets", _data_sets(FIVE), _lenet, Budget(12, 3, 5, 4), rates=LENET_RATES, num_orders=5, elastic=1e7),
         Scenario(
             "cifar-schedule",  # the published one, for its time: where CIFAR-100 is not at hand
             _permuted_cifar,

@@ -41,11 +41,11 @@ SIDE = 32
 
 
 class ByteImages(NamedTuple):
-    """Images (N, 32, 32, 3) of unsigned bytes with int32 labels (N,), training and test."""
+    """Images of unsigned bytes, (N, 32, 32, 3) or grey, with int32 labels (N,), training and test."""
 
-    train_x: UInt8[np.ndarray, "train 32 32 3"]
+    train_x: UInt8[np.ndarray, "train height width *channels"]
     train_y: Int[np.ndarray, " train"]
-    test_x: UInt8[np.ndarray, "test 32 32 3"]
+    test_x: UInt8[np.ndarray, "test height width *channels"]
     test_y: Int[np.ndarray, " test"]
 
 

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 
 from ssm_nn.models.cifar import CIFAR10_FILE, CIFAR100_FILE, ByteImages, cifar, cifar_jpeg
 from ssm_nn.models.downloads import DataError, DataFile, read_file
+from ssm_nn.models.not_mnist import not_mnist
+from ssm_nn.models.svhn import svhn
 
 __all__ = ["Dataset", "DriftStream", "Regression", "load", "load_regression", "load_stream"]
 
@@ -111,7 +113,7 @@ IMAGES = {
 }
 
 _KRIZHEVSKY = "(Krizhevsky 2009), no licence stated"
-COLOUR_IMAGES: dict[str, tuple[Callable[[str | Path | None], ByteImages], int, str]] = {
+BYTE_IMAGES: dict[str, tuple[Callable[[str | Path | None], ByteImages], int, str]] = {
     "cifar-10": (lambda folder: cifar(CIFAR10_FILE, "labels", folder), 10, f"CIFAR-10 {_KRIZHEVSKY}"),
     "cifar-100": (lambda folder: cifar(CIFAR100_FILE, "fine_labels", folder), 100, f"CIFAR-100 {_KRIZHEVSKY}"),
     "cifar-100-coarse": (
@@ -125,6 +127,8 @@ COLOUR_IMAGES: dict[str, tuple[Callable[[str | Path | None], ByteImages], int, s
         "CIFAR-10 after JPEG compression (quality 75, median PSNR 30.5 dB): a lossy stand-in, not the original "
         + _KRIZHEVSKY,
     ),
+    "svhn": (svhn, 10, "SVHN, cropped digits (Netzer et al. 2011), for research only"),
+    "notmnist": (not_mnist, 10, "notMNIST, the small set (Bulatov 2011), no licence stated"),
 }
 
 REGRESSION_FILE = DataFile(
@@ -157,9 +161,10 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     Args:
         name: ``"digits"`` (8 x 8; 1,297 + 500), ``"mnist"`` or ``"fashion-mnist"`` (28 x 28; 60,000 + 10,000);
             ``"cifar-10"``, ``"cifar-100"`` or ``"cifar-100-coarse"`` (its 20 superclasses; 32 x 32 x 3; 50,000 +
-            10,000). Digits come with scikit-learn, need no file and no folder, and are split once and for all by a fixed
-            seed. ``"cifar10_jpeg"`` is a lossy stand-in for ``"cifar-10"``, every image compressed by JPEG, for which
-            no download is known; figures measured on it are figures of the stand-in.
+            10,000); ``"svhn"`` (32 x 32 x 3; 73,257 + 26,032); ``"notmnist"`` (28 x 28; the small set, some 16,850 + 1,870).
+            Digits come with scikit-learn, need no file and no folder, and are split once and for all by a fixed seed.
+            ``"cifar10_jpeg"`` is a lossy stand-in for ``"cifar-10"``, every image compressed by JPEG, for which no download
+            is known; figures measured on it are figures of the stand-in.
         folder: the only data folder to look in; None looks in SSM_NN_DATA, in the cache, and then downloads.
 
     Returns:
@@ -170,13 +175,13 @@ def load(name: str, folder: str | Path | None = None) -> Dataset:
     """
     if name == "digits":
         return _digits()
-    if name in COLOUR_IMAGES:
-        read, num_classes, source = COLOUR_IMAGES[name]
+    if name in BYTE_IMAGES:
+        read, num_classes, source = BYTE_IMAGES[name]
         images = read(folder)
         train_x, test_x = (_unit(pixels) for pixels in (images.train_x, images.test_x))
         return Dataset(name, train_x, images.train_y, test_x, images.test_y, num_classes, source)
     if name not in IMAGES:
-        raise DataError(f"name is {name!r}; known data sets are {_listed(['digits', *IMAGES, *COLOUR_IMAGES])}")
+        raise DataError(f"name is {name!r}; known data sets are {_listed(['digits', *IMAGES, *BYTE_IMAGES])}")
     files = IMAGES[name]
     return Dataset(
         name=name,
