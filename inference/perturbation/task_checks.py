@@ -15,7 +15,7 @@ from ssm_nn.inference.batches import as_arrays, batched, with_mask, without_mask
 from ssm_nn.inference.checks import check_support, check_task
 from ssm_nn.tasks import Task, as_task
 
-__all__ = ["arrays_of", "check_place", "identity_of", "key_of", "ready", "runnable", "step_of"]
+__all__ = ["arrays_of", "check_place", "identity_of", "key_of", "ready", "runnable"]
 
 Array = Any
 
@@ -54,13 +54,6 @@ def key_of(key: Any) -> Array:
     if not isinstance(key, jax.Array):
         raise ValueError(f"key is {key!r}; a jax.random.key is accepted, or a whole number")
     return key
-
-
-def step_of(state: Any) -> int:
-    """Number of tasks that a state has seen; ValueError for anything else."""
-    if not isinstance(step := getattr(state, "step", None), int):
-        raise ValueError(f"state is {state!r}; what init, update or run of this engine gave is accepted")
-    return step
 
 
 def check_place(folder: Any, number: int, kept: int, found: int) -> None:
