@@ -47,16 +47,9 @@ from ssm_nn.inference.perturbation.posterior import diagonal_information, own_be
 from ssm_nn.inference.perturbation.proposal import Proposal, Recipe, Watch, chosen, take_apart, truncated
 from ssm_nn.inference.perturbation.pruning import Growth, Pruning
 from ssm_nn.inference.perturbation.reading import Reading, read_program
-from ssm_nn.inference.perturbation.settings_checks import check_parts
+from ssm_nn.inference.perturbation.settings_checks import check_parts, step_of
 from ssm_nn.inference.perturbation.spending import Spending, base_numbers
-from ssm_nn.inference.perturbation.state import (
-    PerturbationState,
-    Storage,
-    TaskRecord,
-    UpdateInfo,
-    record_numbers,
-    step_of,
-)
+from ssm_nn.inference.perturbation.state import PerturbationState, Storage, TaskRecord, UpdateInfo, record_numbers
 from ssm_nn.inference.perturbation.task_checks import arrays_of, check_place, identity_of, key_of, ready, runnable
 from ssm_nn.inference.predictive import AtMean, Method, Prediction, predict_from
 from ssm_nn.inference.sharding import cut, everywhere, leafwise

@@ -1,4 +1,4 @@
-"""Parts of a filter that are none, named before any work."""
+"""Parts of a filter, and states, that are none, named before any work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ssm_nn.inference.minibatch import Minibatch
 from ssm_nn.inference.perturbation.fitting import SitePrior
 from ssm_nn.inference.perturbation.pruning import Growth
 
-__all__ = ["check_parts"]
+__all__ = ["check_parts", "step_of"]
 
 # argument -> a method that each accepted object has, and what is accepted
 _OBJECTS = {
@@ -41,3 +41,10 @@ def check_parts(program: Any, **parts: Any) -> None:
                 raise ValueError(f"{name} is {part!r}; a {_CLASSES[name].__name__} is accepted, or None")
         elif isinstance(part, type | str) or not hasattr(part, _OBJECTS[name][0]):
             raise ValueError(f"{name} is {part!r}; accepted are {_OBJECTS[name][1]} and None")
+
+
+def step_of(state: Any) -> int:
+    """Number of tasks that a state has seen; ValueError for anything else."""
+    if not isinstance(step := getattr(state, "step", None), int):
+        raise ValueError(f"state is {state!r}; what init, update or run of this engine gave is accepted")
+    return step

@@ -8,7 +8,7 @@ import numpy as np
 
 from ssm_nn.inference.perturbation.blocks import Factors
 
-__all__ = ["PerturbationState", "Storage", "TaskRecord", "UpdateInfo", "record_numbers", "step_of"]
+__all__ = ["PerturbationState", "Storage", "TaskRecord", "UpdateInfo", "record_numbers"]
 
 Array = Any
 
@@ -109,10 +109,3 @@ def record_numbers(record: TaskRecord) -> float:
         numbers += np.size(f.inputs) + np.size(f.outputs)
         numbers += float(entries if filled == entries else min(entries, filled + entries / 32) * (filled > 0))
     return numbers
-
-
-def step_of(state: Any) -> int:
-    """Number of tasks that a state has seen; ValueError for anything else."""
-    if not isinstance(step := getattr(state, "step", None), int):
-        raise ValueError(f"state is {state!r}; what init, update or run of this engine gave is accepted")
-    return step
