@@ -222,7 +222,7 @@ SCENARIOS = {
             batch_size=64,
             growth=0.2,
             num_orders=5,
-            methods=("perturbation", "fixed", "fine-tuning", "ewc", "packed", "single"),
+            methods=("perturbation", "initial", "fixed", "fine-tuning", "ewc", "packed", "single"),
             elastic=1e7,  # the best of powers of ten from 1 to 1e9, on seed 100
         ),
         Scenario(
