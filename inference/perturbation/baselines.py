@@ -23,7 +23,16 @@ import numpy as np
 from ssm_nn.inference.beliefs import Belief
 from ssm_nn.inference.map_problem import NOT_FINITE
 from ssm_nn.inference.perturbation.filter import PerturbationFilter
-from ssm_nn.inference.perturbation.fitting import Anchor, FreeWeights, OwnParameters, Surroundings, fit, joined, warn_of
+from ssm_nn.inference.perturbation.fitting import (
+    Anchor,
+    FreeWeights,
+    OwnParameters,
+    Surroundings,
+    fit,
+    joined,
+    task_key,
+    warn_of,
+)
 from ssm_nn.inference.perturbation.posterior import diagonal_information
 from ssm_nn.inference.perturbation.reading import Reading
 from ssm_nn.inference.perturbation.state import Storage
@@ -41,7 +50,7 @@ class FreeState(NamedTuple):
 
     Attributes:
         step: number of tasks so far.
-        key: of the random choices to come.
+        key: of all random choices, each task's by its identity.
         shared: the shared kernels after the last task, network -> path -> leaf.
         weights: per task the leaves that are its own, and its kernels where the method stores them.
         note: what the method carries along: Fisher information, or owners of the weights.
@@ -232,7 +241,7 @@ class HeadTraining:
             anchor = anchor._replace(
                 moves=jax.tree.map(jnp.ones_like, anchor.mean)
             )  # one compiled program for all tasks
-        key = jax.random.fold_in(state.key, 2)
+        key = task_key(state.key, identity, 2)
         passes = fit(FreeWeights(engine.program), engine.minibatch, rule.start, (engine.hypers, anchor), task, key)
         warn_of(state.step, passes.status)
         weights = rule.start if passes.status == NOT_FINITE else passes.carry
@@ -241,9 +250,7 @@ class HeadTraining:
         own = reading.own(weights)
         kept = joined(own, shared) if self.method.stores_all else own
         kept = jax.tree.map(np.asarray, kept)
-        after = FreeState(
-            state.step + 1, jax.random.fold_in(state.key, 0), shared, {**state.weights, identity: kept}, note
-        )
+        after = FreeState(state.step + 1, state.key, shared, {**state.weights, identity: kept}, note)
         return after, None
 
     def weights(self, state: FreeState, identity: int) -> Any:

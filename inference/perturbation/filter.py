@@ -40,6 +40,7 @@ from ssm_nn.inference.perturbation.fitting import (
     fit,
     joined,
     standing,
+    task_key,
     warn_of,
 )
 from ssm_nn.inference.perturbation.graphs import Graph, Star
@@ -167,9 +168,8 @@ class PerturbationFilter:
         reference, own = cut(self.program, self.graph.start(reading, state))
         start = joined(reference, own, reading.head(reading.initial))
         settings = replace(self.minibatch, epochs=self.warm_up_epochs, patience=None)
-        key = jax.random.fold_in(state.key, 1)
-        around = self.hypers, reading.prior
-        passes = fit(FreeWeights(self.program), settings, start, around, task, key)
+        key = task_key(state.key, self._identity(task, state.step), 1)
+        passes = fit(FreeWeights(self.program), settings, start, (self.hypers, reading.prior), task, key)
         free = start if passes.status == NOT_FINITE else passes.carry
         watch.lap("warm_up", free)
         factors, scores = take_apart(self._recipe(), reading, free, reference, task, budget, watch)
@@ -203,7 +203,7 @@ class PerturbationFilter:
         kind, around = self._kind(reading), self._around(reading, state, proposal.reference)
         moving = proposal.reference if self.graph.base_moves else {}
         start = OwnParameters(reading.own(proposal.free), truncated(proposal.factors, gains), moving)
-        passes = fit(kind, self.fine_tuning, start, around, task, jax.random.fold_in(state.key, 2))
+        passes = fit(kind, self.fine_tuning, start, around, task, task_key(state.key, identity, 2))
         own = start if passes.status == NOT_FINITE else passes.carry
         warn_of(state.step, NOT_FINITE if proposal.status == NOT_FINITE else passes.status)
         watch.lap("fine_tune", own)
@@ -213,7 +213,7 @@ class PerturbationFilter:
             left = own._replace(
                 factors=tuple(f.padded(b.cap) for b, f in zip(reading.blocks, records[-1].factors, strict=True))
             )
-            held, key = around._replace(moves=standing(left)), jax.random.fold_in(state.key, 3)
+            held, key = around._replace(moves=standing(left)), task_key(state.key, identity, 3)
             passes = fit(kind, self.pruning.refit, left, held, task, key)
             own = left if passes.status == NOT_FINITE else passes.carry
             warn_of(state.step, passes.status)
@@ -221,13 +221,13 @@ class PerturbationFilter:
             records = (*records[:-1], record)
         base, precision = state.base, state.precision
         if self.graph.base_moves:
-            found = diagonal_information(kind, own, around, task, state.key, self.curvature_examples)
+            key = task_key(state.key, identity, 0)
+            found = diagonal_information(kind, own, around, task, key, self.curvature_examples)
             base = own.base
             precision = jax.tree.map(jnp.add, precision, found.base)
         base, precision = cut(self.program, base), cut(self.program, precision)
         watch.lap("prune", base)
-        key = jax.random.fold_in(state.key, 0)
-        after = PerturbationState(state.step + 1, key, base, precision, records)
+        after = PerturbationState(state.step + 1, state.key, base, precision, records)
         names = [".".join(block.name) for block in reading.blocks]
         ranks = {name: f.rank for name, f in zip(names, records[-1].factors, strict=True)}
         choice = ranks, np.asarray(gains) != 0, proposal.scores, dropped_loss(proposal.scores, gains)
@@ -341,7 +341,7 @@ class PerturbationFilter:
     def _first(self, state: PerturbationState, task: Task, identity: int) -> tuple[PerturbationState, UpdateInfo]:
         reading, watch = self._read(task), Watch()
         self._spending.check(reading)
-        key = jax.random.fold_in(state.key, 2)
+        key = task_key(state.key, identity, 2)
         start = cut(self.program, reading.initial)
         passes = fit(FreeWeights(self.program), self.minibatch, start, (self.hypers, reading.prior), task, key)
         warn_of(state.step, passes.status)
@@ -355,7 +355,7 @@ class PerturbationFilter:
             found = diagonal_information(kind, own, around, task, key, self.curvature_examples)
             precision = jax.tree.map(jnp.add, reading.shared(reading.prior.precision), found.base)
         record = TaskRecord(identity, _stored(reading.own(weights)), ())
-        after = PerturbationState(1, jax.random.fold_in(state.key, 0), base, precision, (record,))
+        after = PerturbationState(1, state.key, base, precision, (record,))
         fitted = passes.objective, passes.status
         return after, UpdateInfo(identity, {}, None, None, 0.0, *fitted, 0, self.storage(after), watch.seconds)
 

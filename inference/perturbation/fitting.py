@@ -40,6 +40,7 @@ __all__ = [
     "fit",
     "joined",
     "standing",
+    "task_key",
     "warn_of",
 ]
 
@@ -203,6 +204,11 @@ def _half_square(weights: Arrays, anchor: Anchor) -> Array:
             off = leaf - anchor.mean[network][path]
             total = total + jnp.sum(anchor.precision[network][path] * jnp.square(off))
     return 0.5 * total
+
+
+def task_key(key: Array, identity: int, use: int) -> Array:
+    """For one use of random numbers in a task: the same in whatever order tasks come, so that orders differ in nothing else."""
+    return jax.random.fold_in(jax.random.fold_in(key, identity % 2**32), use)
 
 
 def fit(kind: Any, settings: Minibatch, start: Any, around: Any, task: Task, key: Array) -> Passes:

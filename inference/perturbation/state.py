@@ -32,7 +32,7 @@ class PerturbationState(NamedTuple):
 
     Attributes:
         step: number of tasks so far.
-        key: of the random choices to come.
+        key: of all random choices, each task's by its identity.
         base: the shared kernels, network -> path -> leaf.
         precision: of the base where it is uncertain, leaf by leaf; else None.
         records: one a task, in the order in which they came.

@@ -311,6 +311,14 @@ def test_around_the_networks_own_kernels_a_task_does_not_depend_on_the_first():
     assert np.array_equal(made.posterior(states[0], TASKS[0]).mean, reading.layout.packed(made.weights(states[0], 0)))
 
 
+def test_around_the_networks_own_kernels_no_order_changes_a_later_task():
+    made = engine(graph=InitialStar(), allocation=FixedRank(2))
+    one, _ = made.run(0, TASKS[:3])
+    two, _ = made.run(0, [TASKS[0], TASKS[2], TASKS[1]])
+    for t in range(3):
+        assert np.array_equal(probabilities(made, one, t), probabilities(made, two, t))
+
+
 @pytest.mark.slow
 def test_an_uncertain_base_is_refined_by_later_tasks(learnt):
     made = engine(graph=UncertainBase(), allocation=FixedRank(2))
