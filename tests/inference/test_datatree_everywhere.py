@@ -28,6 +28,7 @@ from ssm_nn.inference import (
 from ssm_nn.inference.last_layer import Gaussian, LastLayerFilter, feature_head, head_datatree
 from ssm_nn.inference.mean_field import AtPrior, MeanFieldFilter, WeightSampling, filter_path, posterior_of, smooth_path
 from ssm_nn.inference.perturbation import PerturbationFilter
+from ssm_nn.inference.perturbation import posterior as perturbation_posterior
 from ssm_nn.inference.perturbation import posterior_of as perturbed_posterior
 from ssm_nn.models import RandomWalk, Static
 from ssm_nn.models.multi_head import multi_head
@@ -238,12 +239,17 @@ def test_a_walking_head_is_the_smoother_of_its_program(heads, filtered):
     assert "lp" not in tree["sample_stats"]
 
 
-def test_variances_of_perturbed_weights_are_those_of_the_linear_map(perturbed):
-    posterior = perturbed[0]
+@pytest.mark.parametrize("most_dense", [1024, 0], ids=["matrix", "diagonal"])
+def test_variances_of_perturbed_weights_are_those_of_the_linear_map(perturbed, monkeypatch, most_dense):
+    _, engine, state, infos = perturbed
+    monkeypatch.setattr(perturbation_posterior, "_MOST_DENSE", most_dense)
+    posterior = perturbed_posterior(engine, state, LABELLED, infos)
     precision = posterior.beliefs[1].precision
-    jacobian = jax.jacrev(precision._theta)(precision.own)
-    leaves = zip(jax.tree.leaves(jacobian), jax.tree.leaves(precision.values), strict=True)
-    expected = sum(np.square(j.reshape(len(j), -1)) @ (1 / np.ravel(p)) for j, p in leaves)
+    noises = jnp.diag(precision.free.astype(float))
+    moved = jax.vmap(lambda noise: jax.jvp(precision._theta, (precision.own,), (precision.own_shift(noise),))[1])(
+        noises
+    )
+    expected = np.sum(np.square(moved), axis=0)
     assert (expected > 0).any()
     np.testing.assert_allclose(precision.variance(), expected, rtol=1e-4, atol=1e-8)
     still = posterior.beliefs[0].precision.variance()
