@@ -113,10 +113,7 @@ class Whitened:
         values, vectors = jnp.linalg.eigh(sides.outputs)
         roots = jnp.sqrt(jnp.maximum(values, 0.0) + self._level(sides.outputs))
         moved = difference @ ((vectors * roots) @ vectors.T)
-        gram = moved.T @ (wide @ moved)
-        peak = jnp.max(jnp.abs(gram))
-        _, basis = jnp.linalg.eigh(gram / jnp.where(peak > 0, peak, 1.0))
-        basis = basis[:, ::-1][:, :count]
+        basis = _leading(moved, wide @ moved, count)
         left = moved @ basis
         sigma = jnp.sqrt(jnp.maximum(jnp.sum(left * (wide @ left), axis=0), 0.0))
         return sigma, left, basis.T @ ((vectors / roots) @ vectors.T)
@@ -130,13 +127,20 @@ def _split(matrix: Array, count: int) -> tuple[Array, Array, Array]:
     if matrix.shape[0] < matrix.shape[1]:
         sigma, right, left = _split(matrix.T, count)
         return sigma, left.T, right.T
-    peak = jnp.max(jnp.abs(matrix))
-    scaled = matrix / jnp.where(peak > 0, peak, 1.0)
-    _, vectors = jnp.linalg.eigh(scaled.T @ scaled)
-    basis = vectors[:, ::-1][:, :count]
+    basis = _leading(matrix, matrix, count)
     left = matrix @ basis
     sigma = jnp.sqrt(jnp.sum(jnp.square(left), axis=0))
     return sigma, *_balanced(left, basis.T)
+
+
+def _leading(one: Array, other: Array, count: int) -> Array:
+    """Eigenvectors of ``one^T other``, symmetric and >= 0, that belong to its largest eigenvalues, these first."""
+
+    def scaled(matrix: Array) -> Array:  # squares of small numbers would be zero
+        peak = jnp.max(jnp.abs(matrix))
+        return matrix / jnp.where(peak > 0, peak, 1.0)
+
+    return jnp.linalg.eigh(scaled(one).T @ scaled(other))[1][:, ::-1][:, :count]
 
 
 def _balanced(left: Array, right: Array) -> tuple[Array, Array]:

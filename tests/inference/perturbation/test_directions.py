@@ -83,6 +83,15 @@ def test_whitened_directions_are_singular_ones_in_the_metric(x64, rng, block):
         np.testing.assert_allclose(left[:, :rank] @ right[:rank], best, atol=1e-9)
 
 
+def test_whitened_directions_of_numbers_whose_squares_vanish_are_the_same(rng):
+    difference, sides = draw(rng, DENSE), sides_of(rng, DENSE)
+    assert difference.dtype == jnp.float32
+    _, left, right = Whitened().split(DENSE, difference, sides)
+    little = Sides(1e-12 * sides.inputs, 1e-12 * sides.outputs)
+    _, small, other = Whitened().split(DENSE, 1e-10 * difference, little)
+    np.testing.assert_allclose(1e10 * (small[:, :2] @ other[:2]), left[:, :2] @ right[:2], atol=1e-3)
+
+
 @pytest.mark.parametrize("block", [DENSE, WIDE], ids=["tall", "wide"])
 def test_whitened_increments_add_up_under_a_kronecker_curvature(x64, rng, block):
     difference, sides = jnp.asarray(rng.normal(size=block.shape)), sides_of(rng, block)
