@@ -194,20 +194,23 @@ def _draw(path: Path, scenario: Scenario, cells: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     accuracy, growth, ranks = figure.subplots(1, 3)
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for number, method in enumerate(m for m in scenario.methods if any(c["settings"]["method"] == m for c in cells)):
+    methods = [m for m in scenario.methods if any(c["settings"]["method"] == m for c in cells)]
+    with_ranks = next((m for m in ("perturbation", "initial", *methods) if m in methods), None)
+    for number, method in enumerate(methods):
         own = [cell["tasks"] for cell in cells if cell["settings"]["method"] == method]
         for axis, name in ((accuracy, "accuracy"), (growth, "growth")):
             values = np.array([[row[name] for row in tasks] for tasks in own])
             where = np.arange(1, values.shape[1] + 1)
             axis.plot(where, values.mean(0), color=colours[number % 20], label=method, marker=".")
             axis.fill_between(where, values.min(0), values.max(0), color=colours[number % 20], alpha=0.15, linewidth=0)
-        if method == "perturbation":
+        if method == with_ranks:
             kept = [row["ranks"] for tasks in own for row in tasks if row.get("ranks")]
-            for layer in kept[0] if kept else ():
-                ranks.hist([row[layer] for row in kept], bins=20, alpha=0.6, label=layer)
+            bins = np.linspace(0, max((rank for row in kept for rank in row.values()), default=0) + 1, 26)
+            for layer in kept[0] if kept else ():  # one set of bins: a layer may have one rank in all tasks
+                ranks.hist([row[layer] for row in kept], bins=bins, alpha=0.6, label=layer)
     accuracy.set(title="accuracy of each task, at the end", xlabel="task")
     growth.set(title="growth", xlabel="task", yscale="symlog")
-    ranks.set(title="ranks of the perturbation", xlabel="rank", ylabel="tasks")
+    ranks.set(title=f"ranks, {with_ranks}", xlabel="rank", ylabel="tasks")
     for axis in (accuracy, ranks):
         axis.legend(fontsize="x-small", frameon=False)
     figure.suptitle(scenario.name)
